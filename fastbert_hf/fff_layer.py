@@ -1,0 +1,97 @@
+# Copyright 2026 The FastBERT authors. Licensed under the MIT License.
+"""`FastFeedForward`: the FFF op with its parameters, a drop-in for a feed-forward block."""
+
+import torch
+from torch import Tensor, nn
+
+from .fff_op import fff
+from .fff_reference import ACTIVATIONS, nodes_per_tree
+
+
+class FastFeedForward(nn.Module):
+    """A feed-forward layer made of binary trees of neurons; each row uses depth + 1 neurons of each tree.
+
+    Args:
+        in_features: width H of the input. out_features: width H_out of the output.
+        depth: D >= 0; a tree has n = 2^(D+1) - 1 nodes. trees: number P >= 1 of trees, all of them walked.
+        activation: "gelu" (exact), "gelu_tanh", "relu" or "silu".
+        bias: whether nodes have a bias (`bias_in`), which takes part in decision and activation.
+        initializer_range: standard deviation of the weights at initialisation.
+    Parameters: weight_in (P*n, H), bias_in (P*n,) or None, weight_out (P*n, H_out).
+    Raises:
+        ValueError: a size below its minimum or an unknown activation.
+    Source: arXiv 2311.10770, "UltraFastBERT-PxD".
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        depth: int,
+        trees: int = 1,
+        activation: str = "gelu",
+        bias: bool = True,
+        *,
+        initializer_range: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        for name, value, least in (
+            ("in_features", in_features, 1),
+            ("out_features", out_features, 1),
+            ("depth", depth, 0),
+            ("trees", trees, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}; expected at least {least}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+        self.in_features, self.out_features = in_features, out_features
+        self.depth, self.trees, self.activation = depth, trees, activation
+        self.initializer_range = initializer_range
+        rows = trees * nodes_per_tree(depth)
+        factory = {"device": device, "dtype": dtype}
+        self.weight_in = nn.Parameter(torch.empty(rows, in_features, **factory))
+        self.bias_in = nn.Parameter(torch.empty(rows, **factory)) if bias else None
+        self.weight_out = nn.Parameter(torch.empty(rows, out_features, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights N(0, initializer_range), bias zero."""
+        nn.init.normal_(self.weight_in, std=self.initializer_range)
+        nn.init.normal_(self.weight_out, std=self.initializer_range)
+        if self.bias_in is not None:
+            nn.init.zeros_(self.bias_in)
+
+    @property
+    def neurons(self) -> int:
+        """Neurons held: P * n."""
+        return self.trees * nodes_per_tree(self.depth)
+
+    @property
+    def neurons_per_token(self) -> int:
+        """Neurons used by one row: P * (D + 1)."""
+        return self.trees * (self.depth + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., H) -> (..., H_out), dtype of x."""
+        rows = x.reshape(-1, self.in_features)  # (..., H) -> (N, H)
+        y = fff(rows, self.weight_in, self.bias_in, self.weight_out, self.trees, self.depth, self.activation)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def route(self, x: Tensor) -> Tensor:
+        """Visited nodes, numbered inside their tree: (..., H) -> (..., P, D+1) int64."""
+        rows = x.reshape(-1, self.in_features).to(self.weight_in.dtype)
+        visited = torch.ops.fastbert.fff_v1(
+            rows, self.weight_in, self.bias_in, self.weight_out, self.trees, self.depth, self.activation
+        )[1]
+        return visited.view(*x.shape[:-1], self.trees, self.depth + 1).long()
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.out_features}, depth={self.depth}, trees={self.trees}, "
+            f"activation={self.activation!r}, bias={self.bias_in is not None}, "
+            f"neurons_per_token={self.neurons_per_token} of {self.neurons}"
+        )

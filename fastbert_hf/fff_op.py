@@ -1,0 +1,331 @@
+# Copyright 2026 The FastBERT authors. Licensed under the MIT License.
+"""The FFF op: one contract, several backends, and the choice between them.
+
+`fff(x, weight_in, bias_in, weight_out, trees, depth, activation)` walks `trees` binary trees of depth `depth` for
+every row of x and returns the sum of what the visited nodes contribute. At node i the logit is
+<x, weight_in[i]> + bias_in[i]; logit > 0 goes right, otherwise (0, -0, NaN) left; all depth + 1 visited nodes,
+the leaf included, add activation(logit) * weight_out[i]. Gradients hold the decisions constant: only visited
+parameter rows receive any. `fff_reference.py` is that definition in code; a backend is an object like
+`ReferenceBackend` below that computes exactly the same. Source: arXiv 2311.10770.
+
+The op is registered with PyTorch as `fastbert::fff_v1`, so that torch.compile, autocast and DDP treat it like any
+other. Calls that need none of that machinery go to the backend directly: the dispatcher takes longer than a kernel
+at N = 1.
+"""
+
+import os
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .fff_reference import (
+    ACTIVATIONS,
+    accumulation_dtype,
+    fff_backward,
+    fff_forward,
+    fff_traceable,
+    nodes_per_tree,
+)
+
+BACKEND_VARIABLE = "FASTBERT_BACKEND"
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Backend(Protocol):
+    """What computes the op. Shapes and dtypes as in `fff_reference.fff_forward` and `fff_backward`."""
+
+    name: str
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot run on this machine at all, or None."""
+
+    def supports(
+        self, x: Tensor, weight_in: Tensor, weight_out: Tensor, trees: int, depth: int, activation: str
+    ):
+        """Why this backend declines this call (a sentence), or None when it takes it."""
+
+    def infer(self, x, weight_in, bias_in, weight_out, trees, depth, activation) -> Tensor:
+        """y (N, H_out) alone."""
+
+    def forward(
+        self, x, weight_in, bias_in, weight_out, trees, depth, activation
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y (N, H_out), visited nodes (N, P, D+1) int32, logits (N, P, D+1)."""
+
+    def backward(
+        self, grad_y, x, weight_in, bias_in, weight_out, visited, logits, activation, output_mask
+    ) -> list[Tensor | None]:
+        """Gradients of x, weight_in, bias_in, weight_out; None where `output_mask` does not ask for one."""
+
+
+class ReferenceBackend:
+    """Plain PyTorch: every device, every dtype."""
+
+    name = "reference"
+    forward = staticmethod(fff_forward)
+    backward = staticmethod(fff_backward)
+
+    def unavailable(self) -> None:
+        return None
+
+    def supports(self, x, weight_in, weight_out, trees, depth, activation) -> None:
+        return None
+
+    def infer(self, *args) -> Tensor:
+        return fff_forward(*args)[0]
+
+
+try:  # kernels live in the installed package only; code loaded from the Hub runs without them
+    from fastbert_hf.kernels import KERNEL_BACKENDS
+except ImportError:
+    KERNEL_BACKENDS = ()
+
+# in order of preference: the first that supports a call takes it
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (*KERNEL_BACKENDS, ReferenceBackend())}
+
+
+class use_backend:
+    """Choose the backend for the whole process, as a call or for the length of a `with` block.
+
+    The choice is the environment variable FASTBERT_BACKEND, so that worker processes inherit it; it is never stored
+    in a configuration. A chosen backend that cannot take a call raises a ValueError that says why.
+
+    Args:
+        name: a key of `BACKENDS`, or "auto" (the default) for the first that supports a call.
+    Raises:
+        ValueError: unknown name, or a backend that is not available on this machine.
+    """
+
+    def __init__(self, name: str):
+        self.previous = os.environ.get(BACKEND_VARIABLE)
+        if name != "auto":
+            reason = _named_backend(name).unavailable()
+            if reason is not None:
+                raise ValueError(f"FFF backend {name!r} is not available: {reason}")
+        os.environ[BACKEND_VARIABLE] = name
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        if self.previous is None:
+            os.environ.pop(BACKEND_VARIABLE, None)
+        else:
+            os.environ[BACKEND_VARIABLE] = self.previous
+
+
+def _named_backend(name: str) -> Backend:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown FFF backend {name!r}; known: auto, {', '.join(BACKENDS)}")
+    return BACKENDS[name]
+
+
+def select_backend(
+    x: Tensor, weight_in: Tensor, weight_out: Tensor, trees: int, depth: int, activation: str
+) -> Backend:
+    """The backend that takes this call: the chosen one, else the first that supports it.
+
+    Raises:
+        ValueError: the chosen backend is unknown or declines; the message gives its reason.
+    """
+    chosen = os.environ.get(BACKEND_VARIABLE, "auto")
+    if chosen not in ("auto", ""):
+        backend = _named_backend(chosen)
+        reason = backend.unavailable() or backend.supports(x, weight_in, weight_out, trees, depth, activation)
+        if reason is not None:
+            raise ValueError(f"FFF backend {chosen!r} cannot take this call: {reason}")
+        return backend
+    for backend in BACKENDS.values():
+        if backend.supports(x, weight_in, weight_out, trees, depth, activation) is None:
+            return backend
+    raise AssertionError("the reference backend supports every call")
+
+
+def _check(
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    trees: int,
+    depth: int,
+    activation: str,
+) -> None:
+    """Raise a ValueError that names the argument, its value and what was expected."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if trees < 1 or depth < 0:
+        raise ValueError(f"trees is {trees} and depth is {depth}; expected trees >= 1 and depth >= 0")
+    if x.dim() != 2 or weight_in.dim() != 2 or weight_out.dim() != 2:
+        raise ValueError(
+            "x, weight_in and weight_out must be matrices; their shapes are "
+            f"{tuple(x.shape)}, {tuple(weight_in.shape)} and {tuple(weight_out.shape)}"
+        )
+    rows = trees * nodes_per_tree(depth)
+    if weight_in.shape[0] != rows or weight_out.shape[0] != rows:
+        raise ValueError(
+            f"{trees} trees of depth {depth} have {rows} nodes; weight_in has {weight_in.shape[0]} rows and "
+            f"weight_out has {weight_out.shape[0]}"
+        )
+    if weight_in.shape[1] != x.shape[1]:
+        raise ValueError(f"x is {x.shape[1]} wide and weight_in {weight_in.shape[1]}; expected equal widths")
+    if bias_in is not None and bias_in.shape != (rows,):
+        raise ValueError(f"bias_in has shape {tuple(bias_in.shape)}; expected ({rows},)")
+    tensors = [t for t in (x, weight_in, bias_in, weight_out) if t is not None]
+    if any(t.dtype != x.dtype for t in tensors) or x.dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"dtypes are {[str(t.dtype) for t in tensors]}; expected one of "
+            f"{', '.join(str(dtype) for dtype in FLOAT_DTYPES)} for all (or torch.autocast)"
+        )
+    if any(t.device != x.device for t in tensors):
+        raise ValueError(f"devices are {[str(t.device) for t in tensors]}; expected one device for all")
+
+
+def _register_op() -> None:
+    """Register `fastbert::fff_v1` and its backward once a process.
+
+    A second registration under the same name (this file also travels with models on the Hub) would silently replace
+    the first, so whichever copy of this file comes first keeps it. The number is the contract's version.
+    """
+
+    @torch.library.custom_op("fastbert::fff_v1", mutates_args=())
+    def op(
+        x: Tensor,
+        weight_in: Tensor,
+        bias_in: Tensor | None,
+        weight_out: Tensor,
+        trees: int,
+        depth: int,
+        activation: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _check(x, weight_in, bias_in, weight_out, trees, depth, activation)
+        backend = select_backend(x, weight_in, weight_out, trees, depth, activation)
+        return backend.forward(x, weight_in, bias_in, weight_out, trees, depth, activation)
+
+    @op.register_fake
+    def _(x, weight_in, bias_in, weight_out, trees, depth, activation):
+        _check(x, weight_in, bias_in, weight_out, trees, depth, activation)
+        paths = (x.shape[0], trees, depth + 1)
+        return (
+            x.new_empty(x.shape[0], weight_out.shape[1]),
+            x.new_empty(paths, dtype=torch.int32),
+            x.new_empty(paths, dtype=accumulation_dtype(x.dtype)),
+        )
+
+    @torch.library.custom_op("fastbert::fff_backward_v1", mutates_args=())
+    def backward_op(
+        grad_y: Tensor,
+        x: Tensor,
+        weight_in: Tensor,
+        bias_in: Tensor | None,
+        weight_out: Tensor,
+        visited: Tensor,
+        logits: Tensor,
+        activation: str,
+        output_mask: list[bool],
+    ) -> list[Tensor]:
+        trees, depth = logits.shape[1], logits.shape[2] - 1
+        backend = select_backend(x, weight_in, weight_out, trees, depth, activation)
+        gradients = backend.backward(
+            grad_y, x, weight_in, bias_in, weight_out, visited, logits, activation, output_mask
+        )
+        return [gradient for gradient in gradients if gradient is not None]
+
+    @backward_op.register_fake
+    def _(grad_y, x, weight_in, bias_in, weight_out, visited, logits, activation, output_mask):
+        inputs = (x, weight_in, bias_in, weight_out)
+        return [x.new_empty(t.shape) for t, wanted in zip(inputs, output_mask) if wanted]
+
+    def setup_context(ctx, inputs, output):
+        x, weight_in, bias_in, weight_out, _, _, ctx.activation = inputs
+        _, visited, logits = output
+        ctx.mark_non_differentiable(visited, logits)
+        ctx.save_for_backward(x, weight_in, bias_in, weight_out, visited, logits)
+
+    def backward(ctx, grad_y, _grad_visited, _grad_logits):
+        output_mask = list(ctx.needs_input_grad[:4])
+        gradients = iter(backward_op(grad_y, *ctx.saved_tensors, ctx.activation, output_mask))
+        return (*(next(gradients) if wanted else None for wanted in output_mask), None, None, None)
+
+    op.register_autograd(backward, setup_context=setup_context)
+    _register_autocast()
+
+
+def _register_autocast() -> None:
+    """Cast every input of the op to the dtype of the autocast region it is called in."""
+    library = torch.library.Library("fastbert", "FRAGMENT")
+    _LIBRARIES.append(library)
+    for device_type in ("cpu", "cuda", "xpu"):
+        if not torch.amp.is_autocast_available(device_type):
+            continue
+        key = "Autocast" + torch._C._dispatch_key_for_device(device_type)
+
+        def cast_inputs(_keyset, *args, device_type=device_type, key=key):
+            dtype = torch.get_autocast_dtype(device_type)
+            with torch._C._ExcludeDispatchKeyGuard(
+                torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+            ):
+                return torch.ops.fastbert.fff_v1(
+                    *(a.to(dtype) if isinstance(a, Tensor) and a.dtype != torch.float64 else a for a in args)
+                )
+
+        library.impl("fff_v1", cast_inputs, key, with_keyset=True)
+
+
+_LIBRARIES: list[torch.library.Library] = []  # a Library's registrations end with it
+if not hasattr(torch.ops.fastbert, "fff_v1"):
+    _register_op()
+
+
+def _runs_directly(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor) -> bool:
+    """Whether nothing but the numbers is asked for: no gradient, tracing, autocast, mode, or tensor subclass."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_autocast_enabled(x.device.type)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or type(x) is not Tensor
+        or x.device.type == "meta"
+        or (
+            torch.is_grad_enabled()
+            and (
+                x.requires_grad
+                or weight_in.requires_grad
+                or weight_out.requires_grad
+                or (bias_in is not None and bias_in.requires_grad)
+            )
+        )
+    )
+
+
+def fff(
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    trees: int,
+    depth: int,
+    activation: str = "gelu",
+) -> Tensor:
+    """Fast feedforward: walk every tree for every row; see the module's docstring for the contract.
+
+    Args:
+        x: (N, H) float32, bfloat16, float16 or float64.
+        weight_in: (P*n, H), bias_in: (P*n,) or None, weight_out: (P*n, H_out); dtype and device of x.
+            n = 2^(D+1) - 1; node i of tree p is row p*n + i.
+        trees, depth: P >= 1 and D >= 0.
+        activation: "gelu" (exact), "gelu_tanh", "relu" or "silu".
+    Returns:
+        y (N, H_out) in the dtype of x, accumulated in float32 (float64 for float64). Differentiable once.
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, an unknown activation, or a chosen backend that
+            declines.
+    """
+    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        _check(x, weight_in, bias_in, weight_out, trees, depth, activation)
+        return fff_traceable(x, weight_in, bias_in, weight_out, trees, depth, activation)
+    if _runs_directly(x, weight_in, bias_in, weight_out):
+        _check(x, weight_in, bias_in, weight_out, trees, depth, activation)
+        backend = select_backend(x, weight_in, weight_out, trees, depth, activation)
+        return backend.infer(x, weight_in, bias_in, weight_out, trees, depth, activation)
+    return torch.ops.fastbert.fff_v1(x, weight_in, bias_in, weight_out, trees, depth, activation)[0]

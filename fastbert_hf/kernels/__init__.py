@@ -1,0 +1,3 @@
+"""Compiled backends of the FFF op, in order of preference; `python -m fastbert_hf.kernels` lists what runs here."""
+
+KERNEL_BACKENDS: tuple = ()

@@ -1,1 +1,58 @@
+"""FastBERT: BERT whose feed-forward layers are trees of neurons, for Hugging Face Transformers.
 
+`import fastbert_hf` registers the configuration, the models and the published checkpoint layout with the Auto classes.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from fastbert_hf import crammed
+from fastbert_hf.configuration_fastbert import FastBertConfig
+from fastbert_hf.fff_layer import FastFeedForward
+from fastbert_hf.fff_op import fff, use_backend
+from fastbert_hf.modeling_fastbert import (
+    FastBertForMaskedLM,
+    FastBertForMultipleChoice,
+    FastBertForQuestionAnswering,
+    FastBertForSequenceClassification,
+    FastBertForTokenClassification,
+    FastBertModel,
+    FastBertPreTrainedModel,
+)
+
+__version__ = "0.1.0"
+
+AutoConfig.register(FastBertConfig.model_type, FastBertConfig)
+FastBertConfig.register_for_auto_class("AutoConfig")
+for _auto_class, _model_class in (
+    (AutoModel, FastBertModel),
+    (AutoModelForMaskedLM, FastBertForMaskedLM),
+    (AutoModelForSequenceClassification, FastBertForSequenceClassification),
+    (AutoModelForTokenClassification, FastBertForTokenClassification),
+    (AutoModelForQuestionAnswering, FastBertForQuestionAnswering),
+    (AutoModelForMultipleChoice, FastBertForMultipleChoice),
+):
+    _auto_class.register(FastBertConfig, _model_class)
+    _model_class.register_for_auto_class(_auto_class.__name__)  # saved models carry their code
+
+__all__ = [
+    "FastBertConfig",
+    "FastBertForMaskedLM",
+    "FastBertForMultipleChoice",
+    "FastBertForQuestionAnswering",
+    "FastBertForSequenceClassification",
+    "FastBertForTokenClassification",
+    "FastBertModel",
+    "FastBertPreTrainedModel",
+    "FastFeedForward",
+    "crammed",
+    "fff",
+    "use_backend",
+]

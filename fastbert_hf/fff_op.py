@@ -40,17 +40,13 @@ class Backend(Protocol):
     def unavailable(self) -> str | None:
         """Why this backend cannot run on this machine at all, or None."""
 
-    def supports(
-        self, x: Tensor, weight_in: Tensor, weight_out: Tensor, trees: int, depth: int, activation: str
-    ):
+    def supports(self, x: Tensor, weight_in: Tensor, weight_out: Tensor, trees: int, depth: int, activation: str):
         """Why this backend declines this call (a sentence), or None when it takes it."""
 
     def infer(self, x, weight_in, bias_in, weight_out, trees, depth, activation) -> Tensor:
         """y (N, H_out) alone."""
 
-    def forward(
-        self, x, weight_in, bias_in, weight_out, trees, depth, activation
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x, weight_in, bias_in, weight_out, trees, depth, activation) -> tuple[Tensor, Tensor, Tensor]:
         """y (N, H_out), visited nodes (N, P, D+1) int32, logits (N, P, D+1)."""
 
     def backward(
@@ -262,9 +258,7 @@ def _register_autocast() -> None:
 
         def cast_inputs(_keyset, *args, device_type=device_type, key=key):
             dtype = torch.get_autocast_dtype(device_type)
-            with torch._C._ExcludeDispatchKeyGuard(
-                torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-            ):
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
                 return torch.ops.fastbert.fff_v1(
                     *(a.to(dtype) if isinstance(a, Tensor) and a.dtype != torch.float64 else a for a in args)
                 )

@@ -140,9 +140,7 @@ def fff_backward(
     grad_x = grad_in = grad_bias = grad_out = None
     by_node = _RowsByNode(rows, weight_in.shape[0]) if want_in or want_out else None
     if want_x or want_in or want_bias:
-        grad_logits = ACTIVATION_BACKWARDS[activation](
-            gathered_dots(grad_y, weight_out, rows), flat_logits
-        )  # (N, K)
+        grad_logits = ACTIVATION_BACKWARDS[activation](gathered_dots(grad_y, weight_out, rows), flat_logits)  # (N, K)
         if want_x:
             grad_x = gathered_sum(grad_logits, weight_in, rows).to(x.dtype)
         if want_in:

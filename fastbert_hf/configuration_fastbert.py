@@ -1,0 +1,180 @@
+# Copyright 2026 The FastBERT authors. Licensed under the MIT License.
+"""Configuration of FastBERT: BERT with fast feedforward trees."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+
+# A repository of any FastBERT head opens as every one of these classes.
+AUTO_MAP = {
+    "AutoConfig": "configuration_fastbert.FastBertConfig",
+    "AutoModel": "modeling_fastbert.FastBertModel",
+    "AutoModelForMaskedLM": "modeling_fastbert.FastBertForMaskedLM",
+    "AutoModelForSequenceClassification": "modeling_fastbert.FastBertForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_fastbert.FastBertForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_fastbert.FastBertForQuestionAnswering",
+    "AutoModelForMultipleChoice": "modeling_fastbert.FastBertForMultipleChoice",
+}
+
+
+def _raise_value_errors(cls: type) -> type:
+    """Make construction raise ValueError where the strict dataclass raises errors of its own family."""
+    strict_init = cls.__init__
+
+    @wraps(strict_init)
+    def __init__(self, **kwargs):
+        try:
+            strict_init(self, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(str(error)) from error
+
+    cls.__init__ = __init__
+    return cls
+
+
+@_raise_value_errors
+@strict
+class FastBertConfig(PreTrainedConfig):
+    """Configuration of a FastBERT model. The defaults are the published model, UltraFastBERT-1x11.
+
+    `norm_scheme="post"` with `use_bias=True`, `type_vocab_size=2`, `position_embedding_type="absolute"` and
+    `final_norm=False` is the geometry of BERT, with or without trees in its feed-forward blocks.
+
+    Args:
+        vocab_size: entries V of the word embedding.
+        hidden_size: width H of the residual stream; a multiple of num_attention_heads.
+        num_hidden_layers, num_attention_heads: L and the heads of each layer.
+        max_position_embeddings: longest sequence, in tokens.
+        ffn_type: "fff" (trees) or "dense" (a plain feed-forward block, the baseline).
+        fff_depth: depth D of a tree; it has 2^(D+1) - 1 neurons and a token uses D + 1 of them.
+        fff_trees: number P of trees in a layer; every token walks all of them.
+        fff_bias: whether the trees' neurons have a bias.
+        intermediate_size: width of the dense block. dense_gated: whether it is a gated unit (GLU).
+        hidden_act: "gelu" (exact), "gelu_tanh", "relu" or "silu", in trees, dense blocks and the MLM transform.
+        norm_scheme: "pre" (norm before attention and feed-forward) or "post" (after the addition, as in BERT).
+        embedding_norm, final_norm: LayerNorm after the embedding; after the last layer.
+        layer_norm_eps: epsilon of every LayerNorm.
+        position_embedding_type: "scaled_sinusoidal" (fixed, one learned scale) or "absolute" (learned).
+        type_vocab_size: token types; 0 means none, and token_type_ids are then accepted and ignored.
+        use_bias: biases in attention projections, dense blocks and the MLM transform.
+        mlm_head_transform: dense layer, activation and norm before the decoder. decoder_bias: its bias.
+        sparse_prediction: share of positions that carry MLM labels; above 0, training decodes labelled positions
+            only, with the same loss. 0 decodes every position.
+        classifier_pooling: "cls", "mean" (padding excluded), "mean_all" (padding included), "max" or "lse"
+            (maximum and logsumexp over all positions).
+        classifier_head_dim: width of the dense layer between pooling and classifier; None leaves it out.
+        hidden_dropout_prob, attention_probs_dropout_prob, classifier_dropout: dropout probabilities.
+        embedding_dropout_prob: dropout after the embedding; None means hidden_dropout_prob.
+        initializer_range: standard deviation of initial weights.
+        pad_token_id: its word embedding receives no gradient from the input side.
+    Raises:
+        ValueError: a value of the wrong type or outside its range; the message names both.
+    Source: arXiv 2311.10770; the geometry is that of "crammed" BERT, arXiv 2212.14034.
+    """
+
+    model_type = "fastbert"
+    # config layouts of other libraries, by their model_type: functions from their dict to ours
+    foreign_layouts: ClassVar[dict[str, Callable[[dict], dict]]] = {}
+
+    vocab_size: int = 32768
+    hidden_size: int = 768
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 128
+    ffn_type: Literal["fff", "dense"] = "fff"
+    fff_depth: int = 11
+    fff_trees: int = 1
+    fff_bias: bool = True
+    intermediate_size: int = 3072
+    dense_gated: bool = False
+    hidden_act: Literal["gelu", "gelu_tanh", "relu", "silu"] = "gelu"
+    norm_scheme: Literal["pre", "post"] = "pre"
+    embedding_norm: bool = True
+    final_norm: bool = True
+    layer_norm_eps: float = 1e-12
+    position_embedding_type: Literal["scaled_sinusoidal", "absolute"] = "scaled_sinusoidal"
+    type_vocab_size: int = 0
+    use_bias: bool = False
+    mlm_head_transform: bool = False
+    decoder_bias: bool = False
+    sparse_prediction: float | int = 0.25
+    classifier_pooling: Literal["cls", "mean", "mean_all", "max", "lse"] = "cls"
+    classifier_head_dim: int | None = 1024
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    embedding_dropout_prob: float | int | None = None
+    classifier_dropout: float | int = 0.1
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 0
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As in PreTrainedConfig; layouts named in `foreign_layouts` are translated first."""
+        translate = cls.foreign_layouts.get(config_dict.get("model_type"))
+        return super().from_dict(translate(config_dict) if translate else config_dict, **kwargs)
+
+    @property
+    def neurons_per_token(self) -> int:
+        """Feed-forward neurons that one token uses in one layer."""
+        return self.fff_trees * (self.fff_depth + 1) if self.ffn_type == "fff" else self.intermediate_size
+
+    @property
+    def neurons_per_layer(self) -> int:
+        """Feed-forward neurons that one layer holds."""
+        return self.fff_trees * (2 ** (self.fff_depth + 1) - 1) if self.ffn_type == "fff" else self.intermediate_size
+
+    def validate_ranges(self):
+        """Numbers outside their range."""
+        ranges = {
+            "vocab_size": (1, None),
+            "hidden_size": (1, None),
+            "num_hidden_layers": (0, None),
+            "num_attention_heads": (1, None),
+            "max_position_embeddings": (1, None),
+            "fff_depth": (0, 24),
+            "fff_trees": (1, None),
+            "intermediate_size": (1, None),
+            "type_vocab_size": (0, None),
+            "classifier_head_dim": (1, None),
+            "sparse_prediction": (0, 1),
+            "hidden_dropout_prob": (0, 1),
+            "attention_probs_dropout_prob": (0, 1),
+            "embedding_dropout_prob": (0, 1),
+            "classifier_dropout": (0, 1),
+            "layer_norm_eps": (0, None),
+            "initializer_range": (0, None),
+        }
+        for name, (least, most) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not (value >= least and (most is None or value <= most)):
+                allowed = f"at least {least}" if most is None else f"between {least} and {most}"
+                raise ValueError(f"{name} is {value}; expected {allowed}")
+
+    def validate_combinations(self):
+        """Values that do not go together."""
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}; expected a multiple of num_attention_heads, "
+                f"{self.num_attention_heads}"
+            )
+        if self.position_embedding_type == "scaled_sinusoidal" and self.hidden_size % 2:
+            raise ValueError(f"hidden_size is {self.hidden_size}; scaled_sinusoidal positions need an even one")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id is {self.pad_token_id}; expected None or a value between 0 and vocab_size - 1, "
+                f"{self.vocab_size - 1}"
+            )
+        if self.dense_gated and self.ffn_type != "dense":
+            raise ValueError(f"dense_gated is True with ffn_type {self.ffn_type!r}; only 'dense' blocks are gated")
+
+
+__all__ = ["FastBertConfig"]

@@ -1,0 +1,1 @@
+"""Text to batches: tokenizer training, corpora, packing, masking and GLUE tasks."""

@@ -1,0 +1,81 @@
+"""Outputs that appear complete or not at all: write beside the target, then rename."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def check_output_folder(path: str | Path) -> Path:
+    """Say early whether a folder can be created or used at `path`.
+
+    Args:
+        path: folder that a later step wants to write into; it need not exist.
+
+    Returns:
+        `path` as a `Path`.
+
+    Raises:
+        ValueError: if `path`, or a parent of it, is an existing file.
+    """
+    path = Path(path)
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise ValueError(f"the output folder {str(path)!r} cannot be made: {str(part)!r} is a file")
+    return path
+
+
+@contextlib.contextmanager
+def staged_folder(target: str | Path, last: str = "config.json") -> Iterator[Path]:
+    """Collect files in a temporary folder beside `target` and move them into it at the end.
+
+    Other files already in `target` (checkpoints, logs) stay. If the body raises, nothing is moved.
+
+    Args:
+        target: folder that receives the files.
+        last: name of the file that moves last. Readers recognise a folder by it, so that an interruption
+            between two moves leaves a folder that does not load instead of one that mixes two models.
+
+    Yields:
+        The temporary folder.
+
+    Raises:
+        ValueError: if `target` is a file.
+    """
+    target = check_output_folder(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield stage
+        target.mkdir(exist_ok=True)
+        if (stage / last).exists():
+            (target / last).unlink(missing_ok=True)
+        for file in sorted(stage.iterdir(), key=lambda file: (file.name == last, file.name)):
+            os.replace(file, target / file.name)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def write_text(target: str | Path, text: str) -> None:
+    """Write a text file whole: under a temporary name in the same folder, then renamed.
+
+    Args:
+        target: file to write; its folder is made if needed.
+        text: the content, stored as UTF-8.
+
+    Raises:
+        ValueError: if the folder cannot be made because a file is in its place.
+    """
+    target = Path(target)
+    check_output_folder(target.parent).mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise

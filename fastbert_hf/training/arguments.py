@@ -1,0 +1,148 @@
+"""Command lines with YAML recipes: `--config FILE.yaml` first, then overrides; the last value wins."""
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+logger = logging.getLogger(__name__)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 5e-5 as a number, which YAML 1.1 does only with a dot, and rejects repeated keys."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a recipe.
+
+    Args:
+        path: a YAML file that holds one mapping.
+
+    Returns:
+        The mapping.
+
+    Raises:
+        ValueError: if the file is missing, is not YAML, repeats a key or is not a mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"recipe file {str(path)!r} does not exist")
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.load(file, Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe file {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe file {str(path)!r} must hold 'key: value' lines; got {type(content).__name__}")
+    return content
+
+
+class RecipeArgumentParser(HfArgumentParser):
+    """`HfArgumentParser` that understands `--config FILE.yaml` and raises instead of printing pages of usage.
+
+    A recipe's entries become command-line tokens placed before the user's own, so argparse converts both in the
+    same way and the command line wins.
+
+    Args:
+        dataclass_types: dataclasses whose fields are the options.
+        **kwargs: for `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, dataclass_types, **kwargs):
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        self.add_argument("--config", action="append", default=[], help="YAML recipe; options given beside it win")
+
+    def error(self, message: str):
+        """Called by argparse for a bad command line.
+
+        Raises:
+            ValueError: always, with argparse's message.
+        """
+        raise ValueError(message)
+
+    def parse(self, argv: Sequence[str] | None = None) -> tuple:
+        """Parse recipes and command line.
+
+        Args:
+            argv: arguments without the program's name; default `sys.argv[1:]`.
+
+        Returns:
+            One instance of each dataclass, in order.
+
+        Raises:
+            ValueError: for an unknown option or recipe key, a value of the wrong type, or a bad recipe file.
+        """
+        argv = list(sys.argv[1:] if argv is None else argv)
+        finder = HfArgumentParser([], add_help=False, allow_abbrev=False)
+        finder.add_argument("--config", action="append", default=[])
+        files, _ = finder.parse_known_args(argv)
+        tokens = [token for file in files.config for token in self.recipe_tokens(file)]
+        parsed = self.parse_args_into_dataclasses([*tokens, *argv], look_for_args_file=False)
+        return parsed[: len(self.dataclass_types)]
+
+    def recipe_tokens(self, path: str | Path) -> list[str]:
+        """Turn a recipe into command-line tokens.
+
+        Args:
+            path: YAML file whose keys are option names without the dashes.
+
+        Returns:
+            Tokens in file order; entries without a value are left out.
+
+        Raises:
+            ValueError: for a key that is no option, naming the key and the file, or a bad file.
+        """
+        tokens = []
+        for key, value in load_yaml(path).items():
+            option = f"--{key}"
+            if option not in self._option_string_actions or key in ("config", "help"):
+                raise ValueError(f"recipe file {str(path)!r} has an unknown key {key!r}")
+            if value is None:
+                continue
+            tokens.append(option)
+            if isinstance(value, dict):
+                tokens.append(json.dumps(value))
+            elif isinstance(value, list):
+                tokens.extend(map(str, value))
+            else:
+                tokens.append(str(value))
+        return tokens
+
+
+def run_command(main: Callable[[], Any]) -> int:
+    """Run a script's main function; a user's mistake becomes one line instead of a traceback.
+
+    Args:
+        main: function without arguments that raises ValueError for wrong input.
+
+    Returns:
+        Exit code: 0, or 2 after a ValueError. `--log_level debug` also prints the traceback.
+    """
+    try:
+        main()
+    except ValueError as error:
+        logger.debug("the error's origin", exc_info=True)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the last checkpoint, if any, is in the output folder", file=sys.stderr)
+        return 130
+    return 0

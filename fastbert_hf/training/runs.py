@@ -1,0 +1,113 @@
+"""What pretraining and fine-tuning share: checks before the start, picking up checkpoints, saving the result."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastbert_hf.data.atomic import check_output_folder, staged_folder, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+FRESH = ("none", "false", "no")
+
+
+def find_checkpoint(args: "TrainingArguments", overwrite: bool = False) -> str | None:
+    """Decide what a run starts from; nothing is changed.
+
+    Args:
+        args: `resume_from_checkpoint` is a folder, empty or "true" (the last complete checkpoint in `output_dir`,
+            if there is one) or "none" (start anew beside what is there).
+        overwrite: start anew, whatever is in `output_dir`.
+
+    Returns:
+        A checkpoint folder, or None for a fresh start.
+
+    Raises:
+        ValueError: if `output_dir` is a file, or the named checkpoint does not exist or is incomplete.
+    """
+    output_dir = check_output_folder(args.output_dir)
+    wanted = args.resume_from_checkpoint
+    if wanted and wanted.lower() not in (*FRESH, "true"):
+        if not (Path(wanted) / "trainer_state.json").is_file():
+            raise ValueError(f"resume_from_checkpoint {wanted!r} holds no trainer_state.json: not a whole checkpoint")
+        return wanted
+    # The Trainer writes trainer_state.json last: a folder without it was interrupted while being written.
+    complete = [path.parent for path in output_dir.glob("checkpoint-*/trainer_state.json")]
+    if overwrite or not complete or (wanted and wanted.lower() in FRESH):
+        return None
+    return str(max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1])))
+
+
+def remove_checkpoints(output_dir: str | Path) -> None:
+    """Remove the checkpoints of an earlier run.
+
+    Args:
+        output_dir: the run's folder; everything else in it stays.
+    """
+    for checkpoint in Path(output_dir).glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def check_fit(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase", max_seq_length: int) -> None:
+    """Check that a model can read what the tokenizer writes.
+
+    Args:
+        config: the model's configuration.
+        tokenizer: what makes its input.
+        max_seq_length: longest sequence the run feeds.
+
+    Raises:
+        ValueError: if the model has fewer vocabulary entries than the tokenizer, or fewer positions than
+            `max_seq_length`.
+    """
+    if config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"vocab_size {config.vocab_size} of the model is smaller than the tokenizer's {len(tokenizer)} entries"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < max_seq_length:
+        raise ValueError(f"max_seq_length {max_seq_length} exceeds the model's max_position_embeddings {positions}")
+
+
+def save_model(trainer: "Trainer", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Save the final model and tokenizer into the output folder, complete or not at all.
+
+    Args:
+        trainer: its model and `args.output_dir` are used; only the main process writes.
+        tokenizer: saved beside the model.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    with staged_folder(trainer.args.output_dir) as stage:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
+
+
+def write_summary(folder: str | Path, summary: dict[str, Any]) -> None:
+    """Write `summary.json` and print the summary, one value a line.
+
+    Args:
+        folder: the run's output folder.
+        summary: values that JSON can hold.
+    """
+    write_text(Path(folder) / "summary.json", json.dumps(summary, indent=2) + "\n")
+    width = max(map(len, summary))
+    for key, value in summary.items():
+        print(f"  {key:<{width}}  {f'{value:.4f}' if isinstance(value, float) else value}")
+
+
+def quiet_host(args: "TrainingArguments") -> None:
+    """Switch off what only helps with an accelerator and otherwise warns once per data loader.
+
+    Args:
+        args: changed in place.
+    """
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False
+
+
+def is_main_process(args: "TrainingArguments") -> bool:
+    """Whether this process prints and writes results."""
+    return args.process_index == 0

@@ -1,6 +1,6 @@
 """FastBERT: BERT whose feed-forward layers are trees of neurons, for Hugging Face Transformers.
 
-`import fastbert_hf` registers the configuration, the models and the published checkpoint layout with the Auto classes.
+`import fastbert_hf` registers configuration, models and the published checkpoint layout with the Auto classes.
 """
 
 from transformers import (

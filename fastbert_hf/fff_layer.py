@@ -76,14 +76,14 @@ class FastFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) -> (..., H_out), dtype of x."""
-        rows = x.reshape(-1, self.in_features)  # (..., H) -> (N, H)
+        rows = x.reshape(-1, x.shape[-1])  # (..., H) -> (N, H)
         y = fff(rows, self.weight_in, self.bias_in, self.weight_out, self.trees, self.depth, self.activation)
         return y.view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def route(self, x: Tensor) -> Tensor:
         """Visited nodes, numbered inside their tree: (..., H) -> (..., P, D+1) int64."""
-        rows = x.reshape(-1, self.in_features).to(self.weight_in.dtype)
+        rows = x.reshape(-1, x.shape[-1]).to(self.weight_in.dtype)
         visited = torch.ops.fastbert.fff_v1(
             rows, self.weight_in, self.bias_in, self.weight_out, self.trees, self.depth, self.activation
         )[1]

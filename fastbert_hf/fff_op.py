@@ -275,11 +275,11 @@ def _runs_directly(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_
     """Whether nothing but the numbers is asked for: no gradient, tracing, autocast, mode, or tensor subclass."""
     return not (
         torch.compiler.is_compiling()
+        or x.device.type == "meta"
         or torch.is_autocast_enabled(x.device.type)
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or type(x) is not Tensor
-        or x.device.type == "meta"
         or (
             torch.is_grad_enabled()
             and (

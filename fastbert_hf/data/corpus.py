@@ -66,7 +66,8 @@ def is_held_out(key: str, share: float) -> bool:
     Returns:
         True for about `share` of all keys.
     """
-    digest = hashlib.sha1(key.encode("utf-8", "surrogatepass")).digest()
+    # The prefix keeps the decision independent of other uses of a key's hash, such as the order of a corpus.
+    digest = hashlib.sha1(b"validation " + key.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 

@@ -53,7 +53,7 @@ def source_files(roots: dict[str, str | None] | None = None) -> list[tuple[Path,
             relative = path.relative_to(root)
             if not SKIPPED_FOLDERS.intersection(relative.parts):
                 found[str(relative)] = (path, package or relative.parts[0].removesuffix(".py"), str(relative))
-    return [found[name] for name in sorted(found, key=lambda name: hashlib.sha1(name.encode()).digest())]
+    return [found[name] for name in sorted(found, key=_order)]
 
 
 def docstrings(path: Path) -> Iterator[str]:
@@ -82,14 +82,13 @@ def docstrings(path: Path) -> Iterator[str]:
                 yield text
 
 
-def _topics() -> Iterator[tuple[str, str]]:
+def _topics() -> dict[str, str]:
     """The language reference that `help()` shows; some distributions leave it out."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        return
-    for name in sorted(topics):
-        yield topics[name], f"pydoc_data/topics/{name}"
+        return {}
+    return topics
 
 
 def documentation_corpus(
@@ -144,12 +143,17 @@ def documentation_corpus(
 
 
 def _raw_texts(roots: dict[str, str | None] | None) -> Iterator[tuple[str, str, str]]:
+    """(text, package, file) in the order of the files' hashes, pydoc topics mixed in as files of their own."""
+    sources: list[tuple[Path | str, str, str]] = list(source_files(roots))
     if roots is None:
-        for text, file in _topics():
-            yield text, "python", file
-    for path, package, file in source_files(roots):
-        for text in docstrings(path):
+        sources += [(text, "python", f"pydoc_data/topics/{name}") for name, text in _topics().items()]
+    for source, package, file in sorted(sources, key=lambda source: _order(source[2])):
+        for text in [source] if isinstance(source, str) else docstrings(source):
             yield text, package, file
+
+
+def _order(file: str) -> bytes:
+    return hashlib.sha1(file.encode("utf-8", "surrogatepass")).digest()
 
 
 def _new_paragraphs(text: str, seen: set[bytes]) -> str:

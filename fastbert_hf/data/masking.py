@@ -102,8 +102,8 @@ class MaskedLanguageModelCollator:
         if "labels" in examples[0]:
             return {key: torch.stack([example[key] for example in examples]) for key in ("input_ids", "labels")}
         input_ids = torch.stack([example["input_ids"] for example in examples])  # (B, T)
-        content = zlib.crc32(input_ids.numpy().tobytes())
-        generator = torch.Generator().manual_seed((self.seed % 2**31 << 32) + content)
+        # 32 bits for both: torch's CPU generator ignores the upper half of a seed.
+        generator = torch.Generator().manual_seed(zlib.crc32(input_ids.numpy().tobytes(), self.seed % 2**32))
         input_ids, labels = mask_tokens(
             input_ids, self.special_ids, self.mask_token_id, self.vocab_size, self.probability, generator
         )

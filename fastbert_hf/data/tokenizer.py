@@ -1,12 +1,15 @@
 """Training, saving and loading WordPiece tokenizers with BERT's normalisation."""
 
-from collections.abc import Iterable
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastbert_hf.data.atomic import staged_folder
 
 if TYPE_CHECKING:
+    from tokenizers.normalizers import Normalizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4
@@ -44,22 +47,30 @@ def train_wordpiece(
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    documents = documents if isinstance(documents, Sequence) else list(documents)  # read twice below
+    normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    # Every character costs up to two entries: rare ones must not eat a small vocabulary.
+    alphabet = _alphabet(documents, normalizer, limit=min(1000, max(64, vocab_size // 16)))
+    if not alphabet:
+        raise ValueError("the tokenizer cannot be trained: the corpus is empty")
+    draft = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    draft.normalizer = normalizer
+    draft.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    # The trainer numbers inner characters in the order of a hash table, which also decides ties between merges;
+    # naming them beforehand makes the vocabulary the same in every run.
+    inner = [f"##{character}" for character in alphabet if not _is_punctuation(character)]
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
-        special_tokens=list(SPECIAL_TOKENS),
-        # Every character costs two entries (with and without ##): rare ones must not eat a small vocabulary.
-        limit_alphabet=min(1000, max(64, vocab_size // 16)),
+        special_tokens=[*SPECIAL_TOKENS, *inner],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
         show_progress=progress,
     )
-    counted = _Counted(documents)
-    tokenizer.train_from_iterator(counted, trainer)
-    if not counted.characters:
-        raise ValueError("the tokenizer cannot be trained: the corpus is empty")
+    draft.train_from_iterator(documents, trainer)
+    tokenizer = Tokenizer(models.WordPiece(draft.get_vocab(), unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = draft.normalizer, draft.pre_tokenizer
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
     cls_id, sep_id = SPECIAL_TOKENS.index("[CLS]"), SPECIAL_TOKENS.index("[SEP]")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",
@@ -78,17 +89,19 @@ def train_wordpiece(
     )
 
 
-class _Counted:
-    """Passes documents on and counts their characters: the trainer itself accepts an empty corpus silently."""
+def _alphabet(documents: Iterable[str], normalizer: "Normalizer", limit: int) -> list[str]:
+    """The most frequent characters of the normalised text, ties broken by code point; sorted."""
+    counts: Counter[str] = Counter()
+    for document in documents:
+        counts.update(normalizer.normalize_str(document))
+    characters = [character for character in counts if not character.isspace()]
+    return sorted(sorted(characters, key=lambda character: (-counts[character], character))[:limit])
 
-    def __init__(self, documents: Iterable[str]):
-        self.documents = documents
-        self.characters = 0
 
-    def __iter__(self):
-        for document in self.documents:
-            self.characters += len(document.strip())
-            yield document
+def _is_punctuation(character: str) -> bool:
+    """Whether BERT's pre-tokenizer makes this character a word of its own."""
+    ascii_symbol = character.isascii() and not character.isalnum()
+    return ascii_symbol or unicodedata.category(character).startswith("P")
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: str | Path) -> None:

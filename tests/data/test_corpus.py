@@ -1,0 +1,83 @@
+"""Corpus files in, documents out."""
+
+import lzma
+
+import pytest
+
+from fastbert_hf.data.atomic import check_output_folder, staged_folder, write_text
+from fastbert_hf.data.corpus import is_held_out, read_documents, split_documents
+
+
+def test_plain_and_compressed_files_give_their_lines_in_order(tmp_path):
+    (tmp_path / "a.txt").write_text("first\n\n  second \n", encoding="utf-8")
+    with lzma.open(tmp_path / "b.txt.xz", "wt", encoding="utf-8") as file:
+        file.write("dritte Zeile, größer\n")
+    documents = list(read_documents([tmp_path / "a.txt", tmp_path / "b.txt.xz"]))
+    assert documents == ["first", "second", "dritte Zeile, größer"]
+
+
+def test_missing_unknown_and_undecodable_files_are_named(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"x")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "cut.xz").write_bytes(lzma.compress(b"some text\n" * 1000)[:-20])
+    for name, message in [
+        ("absent.txt", "does not exist"),
+        ("a.bin", "unknown type"),
+        ("latin.txt", "UTF-8"),
+        ("cut.xz", "cannot be read"),
+    ]:
+        with pytest.raises(ValueError, match=message) as caught:
+            list(read_documents([tmp_path / name]))
+        assert name in str(caught.value)
+    with pytest.raises(ValueError, match="no corpus file"):
+        list(read_documents([]))
+
+
+def test_split_depends_on_the_text_alone_and_keeps_about_the_share():
+    documents = [f"document {number}" for number in range(4000)]
+    train, validation = split_documents(documents, 0.1)
+    assert 300 < len(validation) < 500
+    assert len(train) + len(validation) == 4000
+    again, held = split_documents(documents[::-1] + documents[:50], 0.1)
+    assert set(held) == set(validation) and set(again) == set(train)
+    assert [text for text in documents if is_held_out(text, 0.1)] == validation
+
+
+def test_split_rejects_bad_shares_and_an_empty_corpus():
+    for share in (0.0, 1.0, -1.0):
+        with pytest.raises(ValueError, match="validation_share"):
+            split_documents(["text"], share)
+    with pytest.raises(ValueError, match="corpus is empty"):
+        split_documents([], 0.1)
+
+
+def test_staged_folder_moves_everything_or_nothing(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "config.json").write_text("old")
+    (target / "other").write_text("kept")
+    with pytest.raises(RuntimeError), staged_folder(target) as stage:
+        (stage / "config.json").write_text("new")
+        raise RuntimeError
+    assert (target / "config.json").read_text() == "old"
+    with staged_folder(target) as stage:
+        (stage / "config.json").write_text("new")
+    assert (target / "config.json").read_text() == "new"
+    assert (target / "other").read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_output_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="is a file"):
+            check_output_folder(path)
+    with pytest.raises(ValueError, match="is a file"):
+        write_text(tmp_path / "file" / "a.txt", "x")
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_write_text_leaves_no_temporary_file(tmp_path):
+    write_text(tmp_path / "deep" / "a.txt", "ü\n")
+    assert (tmp_path / "deep" / "a.txt").read_text(encoding="utf-8") == "ü\n"
+    assert len(list((tmp_path / "deep").iterdir())) == 1

@@ -1,0 +1,138 @@
+"""GLUE tasks from local files, and what is wrong with bad ones."""
+
+import json
+
+import pytest
+
+from fastbert_hf.data.glue import TASKS, get_task, load_glue, load_task_files, read_rows
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def example(task, label):
+    return {**{column: f"a {column}" for column in task.columns}, "label": label, "idx": 0}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_loads_from_the_folder_layout(name, tmp_path):
+    task = TASKS[name]
+    labels = [0.0, 2.5] if task.is_regression else list(range(task.num_labels))
+    for split in ("train", *task.validations):
+        write_rows(tmp_path / name / f"{split}.jsonl", [example(task, label) for label in labels])
+    loaded, train, validations = load_glue(name.upper(), tmp_path)
+    assert loaded is task
+    assert train.labels == labels
+    assert train.texts == [[f"a {column}"] * len(labels) for column in task.columns]
+    assert tuple(validations) == task.validations
+
+
+def test_the_table_has_the_published_tasks():
+    assert len(TASKS) == 9
+    assert {name for name, task in TASKS.items() if len(task.columns) == 1} == {"cola", "sst2"}
+    assert [name for name, task in TASKS.items() if task.is_regression] == ["stsb"]
+    assert TASKS["mnli"].num_labels == 3 and TASKS["stsb"].num_labels == 1
+    assert TASKS["rte"].labels[0] == TASKS["qnli"].labels[0] == "entailment"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: row.pop("sentence2"), "column 'sentence2' is missing"),
+        (lambda row: row.pop("label"), "column 'label' is missing"),
+        (lambda row: row.update(sentence1=None), "'sentence1' must be a text; got None"),
+        (lambda row: row.update(sentence1=7), "'sentence1' must be a text; got 7"),
+        (lambda row: row.update(label=2), "unknown label 2"),
+        (lambda row: row.update(label=-1), "unknown label -1"),
+        (lambda row: row.update(label="maybe"), "unknown label 'maybe'"),
+        (lambda row: row.update(label=None), "unknown label None"),
+        (lambda row: row.update(label=True), "unknown label True"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_number(tmp_path, change, message):
+    rows = [example(TASKS["rte"], 0), example(TASKS["rte"], 1)]
+    write_rows(tmp_path / "rte" / "train.jsonl", rows)
+    change(rows[1])
+    write_rows(tmp_path / "rte" / "validation.jsonl", rows)
+    with pytest.raises(ValueError, match="row 2") as caught:
+        load_glue("rte", tmp_path)
+    assert message in str(caught.value) and "validation.jsonl" in str(caught.value)
+
+
+@pytest.mark.parametrize("label", [None, "x", float("nan"), True])
+def test_regression_wants_finite_numbers(tmp_path, label):
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "stsb" / f"{split}.jsonl", [example(TASKS["stsb"], label)])
+    with pytest.raises(ValueError, match="finite number"):
+        load_glue("stsb", tmp_path)
+
+
+def test_missing_things_are_named(tmp_path):
+    with pytest.raises(ValueError, match="unknown GLUE task 'glu'; wanted one of cola"):
+        get_task("glu")
+    with pytest.raises(ValueError, match="is not a folder"):
+        load_glue("rte", tmp_path / "absent")
+    write_rows(tmp_path / "mnli" / "train.jsonl", [example(TASKS["mnli"], 0)])
+    write_rows(tmp_path / "mnli" / "validation_matched.jsonl", [example(TASKS["mnli"], 0)])
+    with pytest.raises(ValueError, match="mnli has no validation_mismatched split"):
+        load_glue("mnli", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", "", "is empty"),
+        ("a.csv", "sentence,label\n", "is empty"),
+        ("a.jsonl", '{"a": 1}\n{', "line 2: not a JSON object"),
+        ("a.jsonl", "[1]\n", "wanted a JSON object"),
+        ("a.xml", "<a/>", "unknown type"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_rows(tmp_path / name)
+    assert name in str(caught.value)
+
+
+def test_own_task_in_csv_and_tsv(tmp_path):
+    (tmp_path / "train.csv").write_text('text,label\n"good, really",5\nbad,3\n')
+    (tmp_path / "dev.tsv").write_text("text\tlabel\nbad\t3\n")
+    task, train, validations = load_task_files(None, tmp_path / "train.csv", [tmp_path / "dev.tsv"])
+    assert task.columns == ("text",) and task.labels == ("3", "5")
+    assert train.labels == [1, 0] and train.texts == [["good, really", "bad"]]
+    assert validations["dev"].labels == [0]
+    (tmp_path / "dev.tsv").write_text("text\tlabel\nbad\t1\n")
+    with pytest.raises(ValueError, match="unknown label '1'"):
+        load_task_files(None, tmp_path / "train.csv", [tmp_path / "dev.tsv"])
+
+
+def test_own_task_with_fractional_labels_is_regression(tmp_path):
+    rows = [{"sentence2": "b", "other": 1, "sentence1": "a", "label": value} for value in (0.5, 3)]
+    file = write_rows(tmp_path / "a.jsonl", rows)
+    task, train, _ = load_task_files(None, file, [file])
+    assert task.is_regression and task.columns == ("sentence1", "sentence2")
+    assert train.labels == [0.5, 3.0] and train.texts == [["a", "a"], ["b", "b"]]
+
+
+def test_own_task_needs_text_and_two_classes(tmp_path):
+    for rows, message in [
+        ([{"label": 1}], "text columns"),
+        ([{"text": "a"}], "text columns"),
+        ([{"text": "a", "label": "x"}], "two different labels"),
+        ([{"text": "a", "label": "x"}, {"text": "b", "label": None}], "row 2: the label is missing"),
+    ]:
+        file = write_rows(tmp_path / "a.jsonl", rows)
+        with pytest.raises(ValueError, match=message):
+            load_task_files(None, file, [file])
+
+
+def test_head_limits_rows(tmp_path):
+    file = write_rows(tmp_path / "a.jsonl", [example(TASKS["rte"], row % 2) for row in range(5)])
+    _, train, _ = load_task_files(TASKS["rte"], file, [])
+    assert len(train.head(3)) == len(train.head(3).texts[0]) == 3 and train.head(None) is train
+    with pytest.raises(ValueError, match="at least 1"):
+        train.head(0)

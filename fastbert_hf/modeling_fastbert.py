@@ -64,18 +64,23 @@ class FastBertPreTrainedModel(PreTrainedModel):
         `output_loading_info` or `key_mapping` judge for themselves.
 
         Raises:
-            ValueError: missing or unexpected tensors, by name.
+            ValueError: missing or unexpected tensors, by name; tensors of another shape, unless
+                `ignore_mismatched_sizes` asks for new ones in their place.
         """
         if kwargs.get("output_loading_info") or kwargs.get("key_mapping"):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        replace_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
         problems = []
         for kind in ("missing", "unexpected"):
             names = sorted(name for name in info[f"{kind}_keys"] if not name.startswith(cls._head_prefixes))
             if names:
                 problems.append(f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})")
+        for name, stored, expected in sorted(info["mismatched_keys"]):
+            if not replace_mismatched:
+                problems.append(f"{name} is {tuple(stored)}, expected {tuple(expected)}")
         if problems:
             raise ValueError(
                 f"the tensors in {pretrained_model_name_or_path} do not fit its configuration: {'; '.join(problems)}"

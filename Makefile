@@ -1,0 +1,38 @@
+# `make` lists the targets. Everything happens in .venv; nothing but git, make and python3 is needed to begin.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test lint format demo clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+venv: $(VENV)/.installed ## make .venv with the package, editable, and what its tests need
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+test: venv ## run the whole test suite
+	$(BIN)/python -m pytest
+
+lint: venv ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: venv ## apply style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: venv ## pretrain, fine-tune and use a small FastBERT from text this machine has, in minutes, offline
+	$(BIN)/python scripts/demo.py
+
+clean: ## remove the environment and build products
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,103 @@
+"""The structure of the repository: imports point downwards, bundle files are self-contained, files stay small."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fastbert_hf"
+# each level may import from itself and from those before it
+LEVELS = [
+    ("fff_reference", "kernels"),
+    ("fff_op",),
+    ("fff_layer",),
+    ("configuration_fastbert",),
+    ("encoder_fastbert",),
+    ("heads_fastbert",),
+    ("modeling_fastbert",),
+    ("crammed",),
+    ("__init__",),
+    ("data",),
+    ("training",),
+]
+# files that travel to the Hub beside the weights, with torch and transformers alone
+BUNDLE = [
+    "configuration_fastbert",
+    "encoder_fastbert",
+    "fff_layer",
+    "fff_op",
+    "fff_reference",
+    "heads_fastbert",
+    "modeling_fastbert",
+]
+# a command line, not an import of the package: it lists what the op above it can choose from
+EXEMPT = {PACKAGE / "kernels" / "__main__.py"}
+
+
+def sources(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.py") if ".venv" not in path.parts)
+
+
+def level_of(module: str) -> int:
+    for level, names in enumerate(LEVELS):
+        if module in names:
+            return level
+    raise AssertionError(f"fastbert_hf.{module} is in no level: add it to LEVELS")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """First-level names of this package that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and path.parent == PACKAGE:
+            names.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.ImportFrom) and node.module == "fastbert_hf":
+            files = {child.stem for child in PACKAGE.iterdir()}
+            names |= {alias.name if alias.name in files else "__init__" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastbert_hf."):
+            names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("fastbert_hf.")}
+            names |= {"__init__" for a in node.names if a.name == "fastbert_hf"}
+    return names
+
+
+@pytest.mark.parametrize("path", sources(PACKAGE), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_downwards(path):
+    if path in EXEMPT:
+        return
+    module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for imported in imported_modules(path):
+        assert level_of(imported) <= level_of(module), f"{path.name} imports {imported}, which is above it"
+
+
+def test_the_package_never_imports_scripts_or_tests():
+    for path in sources(PACKAGE):
+        assert "import scripts" not in path.read_text() and "from tests" not in path.read_text()
+
+
+@pytest.mark.parametrize("name", BUNDLE)
+def test_bundle_files_import_siblings_torch_and_transformers_only(name):
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+    guarded = {child for node in ast.walk(tree) if isinstance(node, ast.Try) for child in ast.walk(node)}
+    allowed = {"torch", "transformers", "huggingface_hub"}  # the last comes with transformers
+    standard = {"collections", "functools", "math", "os", "typing"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1 and node.module in BUNDLE
+        elif isinstance(node, ast.ImportFrom) and node not in guarded:
+            assert node.module.split(".")[0] in allowed | standard
+        elif isinstance(node, ast.Import) and node not in guarded:
+            assert {alias.name.split(".")[0] for alias in node.names} <= allowed | standard
+
+
+def test_files_stay_small():
+    folders = [PACKAGE, ROOT / "scripts", ROOT / "tests"]
+    too_long = {
+        str(path.relative_to(ROOT)): lines
+        for folder in folders
+        for path in sources(folder)
+        if (lines := len(path.read_text().splitlines())) > 400
+    }
+    assert not too_long

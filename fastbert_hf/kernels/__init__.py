@@ -1,3 +1,5 @@
 """Compiled backends of the FFF op, in order of preference; `python -m fastbert_hf.kernels` lists what runs here."""
 
-KERNEL_BACKENDS: tuple = ()
+from .native import NativeBackend
+
+KERNEL_BACKENDS: tuple = (NativeBackend(),)

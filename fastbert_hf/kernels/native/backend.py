@@ -1,0 +1,174 @@
+"""The `native` backend of the FFF op: checks and buffers around the compiled kernels."""
+
+import torch
+from torch import Tensor
+
+from .library import load_library, why_unavailable
+
+ACTIVATION_CODES = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+MAX_DEPTH = 30  # node numbers are int32
+STATUS_NO_MEMORY, STATUS_BAD_PATH = 1, 2
+
+
+class NativeBackend:
+    """C++ kernels for CPUs: float32 and bfloat16, accumulated in float32.
+
+    Results are the same bit for bit whatever the number of threads, and a row's result does not depend on the other
+    rows of the call. They differ in the last bits between instruction sets.
+    """
+
+    name = "native"
+
+    def __init__(self):
+        self._forward = self._backward = None
+
+    def unavailable(self) -> str | None:
+        reason = why_unavailable()
+        if reason is None and self._forward is None:
+            self._load()
+        return reason
+
+    def _load(self) -> None:
+        library = load_library()
+        self._backward, self._forward = library.fff_backward, library.fff_forward
+
+    def supports(
+        self, x: Tensor, weight_in: Tensor, weight_out: Tensor, trees: int, depth: int, activation: str
+    ) -> str | None:
+        if self._forward is None:
+            reason = self.unavailable()
+            if reason is not None:
+                return reason
+        if x.dtype not in DTYPE_CODES:
+            return f"it computes float32 and bfloat16, not {x.dtype}"
+        if not (x.is_cpu and weight_in.is_cpu and weight_out.is_cpu):
+            return f"it runs on the CPU, not on {x.device}"
+        if depth > MAX_DEPTH:
+            return f"depth is {depth}; at most {MAX_DEPTH}"
+        if x.layout is not torch.strided:
+            return f"x has layout {x.layout}"
+        return None
+
+    def infer(self, x, weight_in, bias_in, weight_out, trees, depth, activation) -> Tensor:
+        return self._run(x, weight_in, bias_in, weight_out, trees, depth, activation)
+
+    def forward(self, x, weight_in, bias_in, weight_out, trees, depth, activation):
+        paths = (x.shape[0], trees, depth + 1)
+        visited, logits = torch.empty(paths, dtype=torch.int32), torch.empty(paths, dtype=torch.float32)
+        y = self._run(x, weight_in, bias_in, weight_out, trees, depth, activation, visited, logits)
+        return y, visited, logits
+
+    def _run(self, x, weight_in, bias_in, weight_out, trees, depth, activation, visited=None, logits=None) -> Tensor:
+        if self._forward is None:
+            self._load()
+        num_rows, in_width = x.shape
+        out_width = weight_out.shape[1]
+        _check_parameters(x, weight_in, bias_in, weight_out, trees * ((2 << depth) - 1))
+        y = torch.empty((num_rows, out_width), dtype=x.dtype)
+        if num_rows == 0:
+            return y
+        # contiguous() returns the tensor itself where it can; the names keep copies alive during the call
+        x, weight_in, weight_out = x.contiguous(), weight_in.contiguous(), weight_out.contiguous()
+        if bias_in is not None:
+            bias_in = bias_in.contiguous()
+        status = self._forward(
+            x.data_ptr(),
+            weight_in.data_ptr(),
+            None if bias_in is None else bias_in.data_ptr(),
+            weight_out.data_ptr(),
+            y.data_ptr(),
+            None if visited is None else visited.data_ptr(),
+            None if logits is None else logits.data_ptr(),
+            num_rows,
+            in_width,
+            out_width,
+            trees,
+            depth,
+            ACTIVATION_CODES[activation],
+            DTYPE_CODES[x.dtype],
+            torch.get_num_threads(),
+        )
+        if status:
+            _raise(status)
+        return y
+
+    def backward(
+        self, grad_y, x, weight_in, bias_in, weight_out, visited, logits, activation, output_mask
+    ) -> list[Tensor | None]:
+        if self._backward is None:
+            self._load()
+        _check_paths(grad_y, x, weight_out, visited, logits)
+        num_rows, trees, levels = logits.shape
+        _check_parameters(x, weight_in, bias_in, weight_out, trees * ((1 << levels) - 1))
+        inputs = (x, weight_in, bias_in, weight_out)
+        allocate = torch.empty if num_rows else torch.zeros
+        gradients = [
+            allocate(t.shape, dtype=t.dtype) if wanted and t is not None else None
+            for t, wanted in zip(inputs, output_mask)
+        ]
+        if num_rows == 0:
+            return gradients
+        sources = [t.contiguous() for t in (grad_y, x, weight_in, weight_out, visited, logits)]
+        status = self._backward(
+            *(t.data_ptr() for t in sources),
+            *(None if t is None else t.data_ptr() for t in gradients),
+            num_rows,
+            x.shape[1],
+            weight_out.shape[1],
+            trees,
+            levels - 1,
+            ACTIVATION_CODES[activation],
+            DTYPE_CODES[x.dtype],
+            torch.get_num_threads(),
+        )
+        if status:
+            _raise(status)
+        return gradients
+
+
+def _check_parameters(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, nodes: int) -> None:
+    """Raise where the kernels would read past a buffer: they trust sizes, dtypes and devices."""
+    dtype = x.dtype
+    if (
+        weight_in.shape == (nodes, x.shape[1])
+        and weight_out.shape[0] == nodes
+        and weight_in.dtype == dtype
+        and weight_out.dtype == dtype
+        and (bias_in is None or (bias_in.shape == (nodes,) and bias_in.dtype == dtype and bias_in.is_cpu))
+    ):
+        return
+    tensors = (x, weight_in, weight_out) + (() if bias_in is None else (bias_in,))
+    raise ValueError(
+        f"{nodes} nodes: expected weight_in ({nodes}, {x.shape[1]}), weight_out ({nodes}, H_out) and bias_in "
+        f"({nodes},) in the dtype of x on the CPU; x, weight_in, weight_out, bias_in are "
+        + ", ".join(f"{tuple(t.shape)} {t.dtype} {t.device}" for t in tensors)
+    )
+
+
+def _check_paths(grad_y: Tensor, x: Tensor, weight_out: Tensor, visited: Tensor, logits: Tensor) -> None:
+    if grad_y.shape != (x.shape[0], weight_out.shape[1]) or grad_y.dtype != x.dtype or not grad_y.is_cpu:
+        raise ValueError(
+            f"grad_y is {tuple(grad_y.shape)} {grad_y.dtype} {grad_y.device}; expected "
+            f"({x.shape[0]}, {weight_out.shape[1]}) {x.dtype} cpu"
+        )
+    if (
+        logits.dim() != 3
+        or visited.shape != logits.shape
+        or logits.shape[0] != x.shape[0]
+        or visited.dtype != torch.int32
+        or logits.dtype != torch.float32
+        or not (visited.is_cpu and logits.is_cpu)
+    ):
+        raise ValueError(
+            f"visited is {tuple(visited.shape)} {visited.dtype} and logits {tuple(logits.shape)} {logits.dtype}; "
+            f"expected ({x.shape[0]}, trees, depth + 1) int32 and float32 on the CPU"
+        )
+
+
+def _raise(status: int) -> None:
+    if status == STATUS_NO_MEMORY:
+        raise MemoryError("the native FFF kernels could not allocate scratch memory")
+    if status == STATUS_BAD_PATH:
+        raise ValueError("visited does not hold paths from the root to a leaf, as the op's forward returns them")
+    raise AssertionError(f"the native FFF kernels refused their arguments (status {status})")

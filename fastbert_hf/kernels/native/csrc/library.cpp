@@ -1,0 +1,160 @@
+// The library's C functions, the choice of an instruction set, and the parallel loop.
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "common.h"
+
+namespace fff {
+
+namespace generic {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+namespace {
+
+const Kernels* chosen = nullptr;
+
+// GOMP_parallel of the OpenMP runtime that torch has loaded: this library links none of its own, so both share one
+// pool of threads. Null: everything runs on the calling thread.
+typedef void (*ParallelRegion)(void (*)(void*), void*, unsigned, unsigned);
+ParallelRegion parallel_region = nullptr;
+
+// OpenMP's threads do not exist in a forked child, and a region there would wait for them for ever.
+void forget_threads() { parallel_region = nullptr; }
+
+struct Region {
+  void (*task)(void*, int64_t, int);
+  void* context;
+  int64_t count, next;
+  int workers;
+};
+
+void work(void* argument) {
+  Region* region = (Region*)argument;
+  const int worker = __atomic_fetch_add(&region->workers, 1, __ATOMIC_RELAXED);
+  for (;;) {
+    const int64_t i = __atomic_fetch_add(&region->next, 1, __ATOMIC_RELAXED);
+    if (i >= region->count) return;
+    region->task(region->context, i, worker);
+  }
+}
+
+bool runs_here(const Kernels* kernels) {
+#if defined(__x86_64__)
+  if (kernels == &avx2::kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (kernels == &avx512::kernels)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return kernels == &generic::kernels;
+}
+
+const Kernels* const known[] = {
+#if defined(__x86_64__)
+    &avx512::kernels, &avx2::kernels,
+#endif
+    &generic::kernels};
+
+__attribute__((constructor)) void initialise() {
+  for (const Kernels* kernels : known)
+    if (!chosen && runs_here(kernels)) chosen = kernels;
+  pthread_atfork(nullptr, nullptr, forget_threads);
+}
+
+bool in_range(const Shape& s, int dtype) {
+  return s.num_rows > 0 && s.in_width >= 0 && s.out_width >= 0 && s.trees >= 1 && s.depth >= 0 && s.depth <= 30 &&
+         s.activation >= 0 && s.activation <= 3 && s.threads >= 1 && (dtype == 0 || dtype == 1);
+}
+
+}  // namespace
+
+void run_tasks(int threads, int64_t count, void (*task)(void*, int64_t, int), void* context) {
+  if (threads <= 1 || count <= 1 || !parallel_region) {
+    for (int64_t i = 0; i < count; ++i) task(context, i, 0);
+    return;
+  }
+  Region region = {task, context, count, 0, 0};
+  parallel_region(work, &region, (unsigned)min64(threads, count), 0);
+}
+
+void* allocate(int64_t bytes) {
+  void* memory = nullptr;
+  if (bytes <= 0 || posix_memalign(&memory, 64, (size_t)bytes) != 0) return nullptr;
+  return memory;
+}
+
+void sort_by_key(int32_t* rows, int32_t* spare, int64_t count, const uint32_t* keys, int64_t stride,
+                 int key_bits) {
+  const int digit_bits = count >= 1024 ? 11 : 8;
+  int64_t starts[1 << 11];
+  int32_t *from = rows, *to = spare;
+  for (int shift = 0; shift < key_bits; shift += digit_bits) {
+    const int bits = key_bits - shift < digit_bits ? key_bits - shift : digit_bits;
+    const uint32_t mask = (1u << bits) - 1;
+    memset(starts, 0, sizeof(int64_t) << bits);
+    for (int64_t i = 0; i < count; ++i) ++starts[keys[from[i] * stride] >> shift & mask];
+    int64_t sum = 0;
+    for (uint32_t digit = 0; digit <= mask; ++digit) {
+      const int64_t size = starts[digit];
+      starts[digit] = sum;
+      sum += size;
+    }
+    for (int64_t i = 0; i < count; ++i) to[starts[keys[from[i] * stride] >> shift & mask]++] = from[i];
+    int32_t* swap = from;
+    from = to;
+    to = swap;
+  }
+  if (from != rows) memcpy(rows, from, count * sizeof(int32_t));
+}
+
+}  // namespace fff
+
+#define FFF_API extern "C" __attribute__((visibility("default")))
+
+// Raised with every change of a function's arguments: the loader refuses a library built from other sources.
+FFF_API int fff_abi_version() { return 1; }
+
+FFF_API void fff_set_parallel_region(void* gomp_parallel) {
+  memcpy(&fff::parallel_region, &gomp_parallel, sizeof gomp_parallel);
+}
+
+FFF_API const char* fff_instruction_set() { return fff::chosen->name; }
+
+// Returns 0 if this machine or this build does not have the named set.
+FFF_API int fff_select_instruction_set(const char* name) {
+  for (const fff::Kernels* kernels : fff::known)
+    if (strcmp(kernels->name, name) == 0 && fff::runs_here(kernels)) {
+      fff::chosen = kernels;
+      return 1;
+    }
+  return 0;
+}
+
+FFF_API int fff_forward(const void* x, const void* weight_in, const void* bias_in, const void* weight_out, void* y,
+                        int32_t* visited, float* logits, int64_t num_rows, int64_t in_width, int64_t out_width,
+                        int64_t trees, int depth, int activation, int dtype, int threads) {
+  const fff::Shape shape = {num_rows, in_width, out_width, trees, depth, activation, threads};
+  if (!fff::in_range(shape, dtype)) return fff::kBadArgument;
+  return fff::chosen->forward[dtype](shape, {x, weight_in, bias_in, weight_out, y, visited, logits});
+}
+
+FFF_API int fff_backward(const void* grad_y, const void* x, const void* weight_in, const void* weight_out,
+                         const int32_t* visited, const float* logits, void* grad_x, void* grad_weight_in,
+                         void* grad_bias_in, void* grad_weight_out, int64_t num_rows, int64_t in_width,
+                         int64_t out_width, int64_t trees, int depth, int activation, int dtype, int threads) {
+  const fff::Shape shape = {num_rows, in_width, out_width, trees, depth, activation, threads};
+  if (!fff::in_range(shape, dtype)) return fff::kBadArgument;
+  return fff::chosen->backward[dtype](shape, {grad_y, x, weight_in, weight_out, visited, logits, grad_x,
+                                              grad_weight_in, grad_bias_in, grad_weight_out});
+}

@@ -1,0 +1,223 @@
+// Vector primitives of one instruction set, chosen by the translation unit that includes this file
+// (FFF_ISA_AVX512, FFF_ISA_AVX2, or neither for plain vectors of four floats).
+//
+// bfloat16 rows are read two vectors at a time: 2 * kWidth consecutive elements become the vector of the even
+// elements and the vector of the odd ones, which costs a shift and a mask and is exact. Sums do not care about that
+// order as long as every row uses it.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#define FFF_INLINE static inline __attribute__((always_inline))
+
+namespace fff {
+namespace FFF_ISA {
+
+#if defined(FFF_ISA_AVX512)
+
+typedef __m512 vec;
+constexpr int kWidth = 16;
+
+FFF_INLINE vec zero() { return _mm512_setzero_ps(); }
+FFF_INLINE vec broadcast(float a) { return _mm512_set1_ps(a); }
+FFF_INLINE vec load(const float* p) { return _mm512_loadu_ps(p); }
+FFF_INLINE void store(float* p, vec a) { _mm512_storeu_ps(p, a); }
+FFF_INLINE vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
+FFF_INLINE vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+FFF_INLINE __mmask16 first_lanes(int n) { return (__mmask16)((1u << n) - 1u); }
+FFF_INLINE vec load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+FFF_INLINE void store_first(float* p, vec a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a); }
+
+FFF_INLINE float sum_lanes(vec a) {
+  __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+  c = _mm_add_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
+}
+
+FFF_INLINE void split_bf16(__m512i pairs, vec* even, vec* odd) {
+  *even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  *odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000)));
+}
+FFF_INLINE void load_bf16(const uint16_t* p, vec* even, vec* odd) {
+  split_bf16(_mm512_loadu_si512(p), even, odd);
+}
+FFF_INLINE void load_bf16_first(const uint16_t* p, int n, vec* even, vec* odd) {
+  split_bf16(_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p), even, odd);
+}
+// nearest even, as torch rounds; the result sits in the upper half of each lane
+FFF_INLINE __m512i round_bf16(vec a) {
+  __m512i bits = _mm512_castps_si512(a);
+  __m512i lowest = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(lowest, _mm512_set1_epi32(0x7fff)));
+  __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+  return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+}
+FFF_INLINE __m512i join_bf16(vec even, vec odd) {
+  __m512i upper = _mm512_and_si512(round_bf16(odd), _mm512_set1_epi32((int)0xffff0000));
+  return _mm512_or_si512(upper, _mm512_srli_epi32(round_bf16(even), 16));
+}
+FFF_INLINE void store_bf16(uint16_t* p, vec even, vec odd) { _mm512_storeu_si512(p, join_bf16(even, odd)); }
+FFF_INLINE void store_bf16_first(uint16_t* p, vec even, vec odd, int n) {
+  _mm512_mask_storeu_epi16(p, (__mmask32)((1ull << n) - 1), join_bf16(even, odd));
+}
+
+#elif defined(FFF_ISA_AVX2)
+
+typedef __m256 vec;
+constexpr int kWidth = 8;
+
+FFF_INLINE vec zero() { return _mm256_setzero_ps(); }
+FFF_INLINE vec broadcast(float a) { return _mm256_set1_ps(a); }
+FFF_INLINE vec load(const float* p) { return _mm256_loadu_ps(p); }
+FFF_INLINE void store(float* p, vec a) { _mm256_storeu_ps(p, a); }
+FFF_INLINE vec add(vec a, vec b) { return _mm256_add_ps(a, b); }
+FFF_INLINE vec fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+FFF_INLINE __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+FFF_INLINE vec load_first(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes(n)); }
+FFF_INLINE void store_first(float* p, vec a, int n) { _mm256_maskstore_ps(p, first_lanes(n), a); }
+
+FFF_INLINE float sum_lanes(vec a) {
+  __m128 c = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  c = _mm_add_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
+}
+
+FFF_INLINE void split_bf16(__m256i pairs, vec* even, vec* odd) {
+  *even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+  *odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000)));
+}
+FFF_INLINE void load_bf16(const uint16_t* p, vec* even, vec* odd) {
+  split_bf16(_mm256_loadu_si256((const __m256i*)p), even, odd);
+}
+FFF_INLINE __m256i round_bf16(vec a) {
+  __m256i bits = _mm256_castps_si256(a);
+  __m256i lowest = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(lowest, _mm256_set1_epi32(0x7fff)));
+  __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
+}
+FFF_INLINE __m256i join_bf16(vec even, vec odd) {
+  __m256i upper = _mm256_and_si256(round_bf16(odd), _mm256_set1_epi32((int)0xffff0000));
+  return _mm256_or_si256(upper, _mm256_srli_epi32(round_bf16(even), 16));
+}
+FFF_INLINE void store_bf16(uint16_t* p, vec even, vec odd) {
+  _mm256_storeu_si256((__m256i*)p, join_bf16(even, odd));
+}
+
+#else
+
+typedef float vec __attribute__((vector_size(16)));
+typedef uint32_t bits __attribute__((vector_size(16)));
+constexpr int kWidth = 4;
+
+FFF_INLINE vec zero() { return vec{0, 0, 0, 0}; }
+FFF_INLINE vec broadcast(float a) { return vec{a, a, a, a}; }
+FFF_INLINE vec load(const float* p) {
+  vec a;
+  memcpy(&a, p, sizeof a);
+  return a;
+}
+FFF_INLINE void store(float* p, vec a) { memcpy(p, &a, sizeof a); }
+FFF_INLINE vec add(vec a, vec b) { return a + b; }
+FFF_INLINE vec fma(vec a, vec b, vec c) { return a * b + c; }
+FFF_INLINE vec load_first(const float* p, int n) {
+  float lanes[kWidth] = {0};
+  memcpy(lanes, p, n * sizeof(float));
+  return load(lanes);
+}
+FFF_INLINE void store_first(float* p, vec a, int n) {
+  float lanes[kWidth];
+  store(lanes, a);
+  memcpy(p, lanes, n * sizeof(float));
+}
+FFF_INLINE float sum_lanes(vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+
+FFF_INLINE void load_bf16(const uint16_t* p, vec* even, vec* odd) {
+  for (int i = 0; i < kWidth; ++i) {
+    uint32_t lower = (uint32_t)p[2 * i] << 16, upper = (uint32_t)p[2 * i + 1] << 16;
+    memcpy((char*)even + 4 * i, &lower, 4);
+    memcpy((char*)odd + 4 * i, &upper, 4);
+  }
+}
+FFF_INLINE uint16_t round_bf16(float a) {
+  uint32_t word;
+  memcpy(&word, &a, 4);
+  return a != a ? 0x7fc0 : (uint16_t)((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+}
+FFF_INLINE void store_bf16(uint16_t* p, vec even, vec odd) {
+  for (int i = 0; i < kWidth; ++i) {
+    p[2 * i] = round_bf16(even[i]);
+    p[2 * i + 1] = round_bf16(odd[i]);
+  }
+}
+
+#endif
+
+#if !defined(FFF_ISA_AVX512)
+FFF_INLINE void load_bf16_first(const uint16_t* p, int n, vec* even, vec* odd) {
+  uint16_t elements[2 * kWidth] = {0};
+  memcpy(elements, p, n * sizeof(uint16_t));
+  load_bf16(elements, even, odd);
+}
+FFF_INLINE void store_bf16_first(uint16_t* p, vec even, vec odd, int n) {
+  uint16_t elements[2 * kWidth];
+  store_bf16(elements, even, odd);
+  memcpy(p, elements, n * sizeof(uint16_t));
+}
+#endif
+
+constexpr int kPair = 2 * kWidth;  // elements that two vectors hold
+
+FFF_INLINE void prefetch_row(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)row + i);
+}
+
+// How rows of one element type are read and written, a pair of vectors at a time. `wide` rows are float copies in
+// the order in which the pairs come out; a float32 row is its own wide row.
+struct F32 {
+  typedef float type;
+  static constexpr bool kWideIsRow = true;
+  FFF_INLINE float one() { return 1.0f; }
+  FFF_INLINE float widen(float a) { return a; }
+  FFF_INLINE void load2(const float* p, vec* a, vec* b) {
+    *a = load(p);
+    *b = load(p + kWidth);
+  }
+  FFF_INLINE void load2_first(const float* p, int n, vec* a, vec* b) {
+    *a = load_first(p, n < kWidth ? n : kWidth);
+    *b = n > kWidth ? load_first(p + kWidth, n - kWidth) : zero();
+  }
+  FFF_INLINE void store2(float* p, vec a, vec b) {
+    store(p, a);
+    store(p + kWidth, b);
+  }
+  FFF_INLINE void store2_first(float* p, vec a, vec b, int n) {
+    store_first(p, a, n < kWidth ? n : kWidth);
+    if (n > kWidth) store_first(p + kWidth, b, n - kWidth);
+  }
+};
+
+struct BF16 {
+  typedef uint16_t type;
+  static constexpr bool kWideIsRow = false;
+  FFF_INLINE uint16_t one() { return 0x3f80; }
+  FFF_INLINE float widen(uint16_t a) {
+    const uint32_t word = (uint32_t)a << 16;
+    float wide;
+    memcpy(&wide, &word, 4);
+    return wide;
+  }
+  FFF_INLINE void load2(const uint16_t* p, vec* a, vec* b) { load_bf16(p, a, b); }
+  FFF_INLINE void load2_first(const uint16_t* p, int n, vec* a, vec* b) { load_bf16_first(p, n, a, b); }
+  FFF_INLINE void store2(uint16_t* p, vec a, vec b) { store_bf16(p, a, b); }
+  FFF_INLINE void store2_first(uint16_t* p, vec a, vec b, int n) { store_bf16_first(p, a, b, n); }
+};
+
+FFF_INLINE int64_t padded_width(int64_t width) { return (width + kPair - 1) / kPair * kPair; }
+
+}  // namespace FFF_ISA
+}  // namespace fff

@@ -1,0 +1,219 @@
+// The walk: which nodes each row visits, and their logits.
+//
+// A block of rows goes down the tree level by level. Rows at the same node form a group, so that a weight row is
+// loaded once for several rows of x, which stay in the second-level cache; a group is then split by its decisions.
+// Many rows go in two stages: the top levels block by block, then, sorted by the node they reached, the subtrees
+// one after the other, so that a subtree's weights stay in cache too.
+#pragma once
+
+namespace fff {
+namespace FFF_ISA {
+
+constexpr int kBlock = 256;  // rows that walk together: 768 kB of x at 768 float32 columns
+
+struct Group {
+  uint32_t node;  // position inside its level, from the left
+  int32_t begin, end;
+};
+
+// Where a walk reads and writes: row i's logit of (tree, level) is logits[i * visits + tree * levels + level].
+template <class E>
+struct Walk {
+  const Shape* shape;
+  const typename E::type *x, *weight_in, *bias_in;
+  float* logits;
+  uint32_t* reached;  // (N, P) position of the node that a row is at, inside its level
+};
+
+struct BlockScratch {
+  const float* wide[kBlock];  // row of x of each slot
+  int32_t row[kBlock];        // number of that row
+  int32_t order[kBlock];      // slots, grouped by node
+  int32_t right[kBlock];
+  float logit[kBlock];
+  Group groups[2][kBlock];
+};
+
+// Rows per weight row in registers: as many as the register file holds.
+#if defined(FFF_ISA_AVX512)
+constexpr int kRowsPerDot = 6;
+#else
+constexpr int kRowsPerDot = 2;
+#endif
+
+template <class E, int T>
+static __attribute__((noinline)) void group_dots(const typename E::type* w, const float* const* wide,
+                                                 const int32_t* slots, int64_t width, float* out) {
+  const float* x[T];
+  for (int t = 0; t < T; ++t) x[t] = wide[slots[t]];
+  dot_tile<E, T>(w, x, width, out);
+}
+
+// logits of the slots of one group
+template <class E>
+static void group_logits(const typename E::type* w, const float* const* wide, const int32_t* slots, int count,
+                         int64_t width, float* out) {
+  int i = 0;
+  for (; i + kRowsPerDot <= count; i += kRowsPerDot)
+    group_dots<E, kRowsPerDot>(w, wide, slots + i, width, out + i);
+  if (kRowsPerDot > 4 && i + 4 <= count) {
+    group_dots<E, 4>(w, wide, slots + i, width, out + i);
+    i += 4;
+  }
+  for (; i + 2 <= count; i += 2) group_dots<E, 2>(w, wide, slots + i, width, out + i);
+  if (i < count) group_dots<E, 1>(w, wide, slots + i, width, out + i);
+}
+
+// Walks levels [first_level, end_level) of one tree for the `count` rows of the block, all at `start` when they
+// begin; leaves the node that each reached, a leaf if end_level is past the last level.
+template <class E>
+static void walk_block(const Walk<E>& w, BlockScratch& block, int count, int64_t tree, uint32_t start,
+                       int first_level, int end_level) {
+  const Shape& s = *w.shape;
+  const int64_t width = s.in_width, row_bytes = width * (int64_t)sizeof(typename E::type);
+  for (int i = 0; i < count; ++i) block.order[i] = i;
+  Group* groups = block.groups[0];
+  Group* next = block.groups[1];
+  int num_groups = 1;
+  groups[0] = {start, 0, count};
+  for (int level = first_level; level < end_level; ++level) {
+    const int64_t level_row = tree * s.nodes() + ((int64_t)1 << level) - 1;
+    const typename E::type* level_weights = w.weight_in + level_row * width;
+    const bool decides = level < s.depth;
+    int num_next = 0;
+    for (int g = 0; g < num_groups; ++g) {
+      const Group group = groups[g];
+      if (g + 1 < num_groups) prefetch_row(level_weights + groups[g + 1].node * width, row_bytes);
+      int32_t* slots = block.order + group.begin;
+      const int size = group.end - group.begin;
+      group_logits<E>(level_weights + group.node * width, block.wide, slots, size, width, block.logit);
+      const float bias = w.bias_in ? E::widen(w.bias_in[level_row + group.node]) : 0.0f;
+      int lefts = 0, rights = 0;
+      for (int i = 0; i < size; ++i) {
+        const int32_t slot = slots[i];
+        const float logit = w.bias_in ? block.logit[i] + bias : block.logit[i];
+        w.logits[(block.row[slot] * s.trees + tree) * s.levels() + level] = logit;
+        const bool goes_right = decides && logit > 0.0f;
+        block.right[rights] = slot;
+        slots[lefts] = slot;
+        rights += goes_right;
+        lefts += !goes_right;
+      }
+      for (int i = 0; i < rights; ++i) slots[lefts + i] = block.right[i];
+      const uint32_t child = decides ? 2 * group.node : group.node;
+      if (lefts) next[num_next++] = {child, group.begin, group.begin + lefts};
+      if (rights) next[num_next++] = {child + 1, group.begin + lefts, group.end};
+    }
+    Group* done = groups;
+    groups = next;
+    next = done;
+    num_groups = num_next;
+  }
+  for (int g = 0; g < num_groups; ++g)
+    for (int i = groups[g].begin; i < groups[g].end; ++i)
+      w.reached[block.row[block.order[i]] * s.trees + tree] = groups[g].node;
+}
+
+// A row of x as floats in the order of the weights' pairs; element types other than float32 need `copy`.
+template <class E>
+FFF_INLINE const float* widen_row(const typename E::type* row, int64_t width, float* copy) {
+  if (E::kWideIsRow) return (const float*)row;
+  for (int64_t i = 0; i < width; i += kPair) {
+    vec a, b;
+    if (width - i < kPair)
+      E::load2_first(row + i, (int)(width - i), &a, &b);
+    else
+      E::load2(row + i, &a, &b);
+    F32::store2(copy + i, a, b);
+  }
+  return copy;
+}
+
+template <class E>
+static void load_block(const Walk<E>& w, BlockScratch& block, int count, float* copies) {
+  const int64_t width = w.shape->in_width, padded = padded_width(width);
+  for (int i = 0; i < count; ++i)
+    block.wide[i] = widen_row<E>(w.x + block.row[i] * width, width, copies + i * padded);
+}
+
+// Levels of the first stage: as many as leave about one block of rows to a subtree.
+static int top_levels(const Shape& s) {
+  int levels = 0;
+  while (levels < s.depth && (s.num_rows >> levels) > kBlock + kBlock / 2) ++levels;
+  return levels == 0 ? s.depth + 1 : levels;
+}
+
+template <class E>
+struct WorkerScratch {
+  Scratch<BlockScratch> blocks;
+  Scratch<float> copies;
+  int64_t copy_size;
+  WorkerScratch(const Shape& s)
+      : blocks(s.threads),
+        copies(max64(1, s.threads * wide_size(s))),
+        copy_size(wide_size(s)) {}
+  static int64_t wide_size(const Shape& s) { return E::kWideIsRow ? 0 : kBlock * padded_width(s.in_width); }
+  bool missing() const { return blocks.missing() || copies.missing(); }
+};
+
+// Second stage: rows sorted by the node they reached, in blocks that share that node.
+template <class E>
+static Status walk_subtrees(const Walk<E>& w, WorkerScratch<E>& scratch, int level) {
+  const Shape& s = *w.shape;
+  struct Task {
+    int64_t tree;
+    const int32_t* rows;
+    int32_t count;
+    uint32_t node;
+  };
+  Scratch<int32_t> rows(s.trees * s.num_rows), spare(s.trees * s.num_rows);
+  Scratch<Task> tasks(s.trees * (((int64_t)1 << level) + ceil_div(s.num_rows, kBlock)));
+  if (rows.missing() || spare.missing() || tasks.missing()) return kNoMemory;
+  auto sort_tree = [&](int64_t tree, int) {
+    int32_t *sorted = rows.data + tree * s.num_rows, *other = spare.data + tree * s.num_rows;
+    for (int64_t i = 0; i < s.num_rows; ++i) sorted[i] = (int32_t)i;
+    sort_by_key(sorted, other, s.num_rows, w.reached + tree, s.trees, level);
+  };
+  parallel(s.threads, s.trees, sort_tree);
+  int64_t num_tasks = 0;
+  for (int64_t tree = 0; tree < s.trees; ++tree) {
+    const int32_t* sorted = rows.data + tree * s.num_rows;
+    for (int64_t begin = 0, end; begin < s.num_rows; begin = end) {
+      const uint32_t node = w.reached[sorted[begin] * s.trees + tree];
+      end = begin + 1;
+      while (end < s.num_rows && end - begin < kBlock && w.reached[sorted[end] * s.trees + tree] == node) ++end;
+      tasks.data[num_tasks++] = {tree, sorted + begin, (int32_t)(end - begin), node};
+    }
+  }
+  auto walk_task = [&](int64_t i, int worker) {
+    const Task& task = tasks.data[i];
+    BlockScratch& block = scratch.blocks.data[worker];
+    for (int32_t j = 0; j < task.count; ++j) block.row[j] = task.rows[j];
+    load_block(w, block, task.count, scratch.copies.data + worker * scratch.copy_size);
+    walk_block(w, block, task.count, task.tree, task.node, level, s.depth + 1);
+  };
+  parallel(s.threads, num_tasks, walk_task);
+  return kDone;
+}
+
+// Every row through every tree.
+template <class E>
+static Status walk(const Walk<E>& w) {
+  const Shape& s = *w.shape;
+  WorkerScratch<E> scratch(s);
+  if (scratch.missing()) return kNoMemory;
+  const int end_level = top_levels(s);
+  const int64_t block_rows = min64(kBlock, max64(8, ceil_div(s.num_rows, s.threads)));
+  auto walk_task = [&](int64_t i, int worker) {
+    BlockScratch& block = scratch.blocks.data[worker];
+    const int count = (int)min64(block_rows, s.num_rows - i * block_rows);
+    for (int j = 0; j < count; ++j) block.row[j] = (int32_t)(i * block_rows + j);
+    load_block(w, block, count, scratch.copies.data + worker * scratch.copy_size);
+    for (int64_t tree = 0; tree < s.trees; ++tree) walk_block(w, block, count, tree, 0, 0, end_level);
+  };
+  parallel(s.threads, ceil_div(s.num_rows, block_rows), walk_task);
+  return end_level > s.depth ? kDone : walk_subtrees(w, scratch, end_level);
+}
+
+}  // namespace FFF_ISA
+}  // namespace fff

@@ -1,0 +1,88 @@
+"""Load the compiled kernels with ctypes and connect them to torch's threads."""
+
+import ctypes
+import functools
+import os
+from ctypes import c_char_p, c_int, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+from .build import FAILURE_NAME, LIBRARY_NAME
+
+INSTRUCTION_SET_VARIABLE = "FASTBERT_NATIVE_ISA"  # avx512, avx2 or generic; by default the best that the CPU has
+ABI_VERSION = 1
+FOLDER = Path(__file__).resolve().parent
+
+# pointers, then sizes (N, H, H_out, P), then depth, activation, dtype, threads
+FORWARD_ARGUMENTS = [c_void_p] * 7 + [c_int64] * 4 + [c_int] * 4
+BACKWARD_ARGUMENTS = [c_void_p] * 10 + [c_int64] * 4 + [c_int] * 4
+
+
+class LibraryError(RuntimeError):
+    """The library cannot be used; the message says why."""
+
+
+def _open_library() -> ctypes.CDLL:
+    path = FOLDER / LIBRARY_NAME
+    if not path.exists():
+        failure = FOLDER / FAILURE_NAME
+        reason = failure.read_text() if failure.exists() else "it is compiled when the package is installed"
+        raise LibraryError(f"the compiled library is missing ({reason})")
+    try:
+        library = ctypes.CDLL(str(path))
+        version = library.fff_abi_version()
+    except (OSError, AttributeError) as error:
+        raise LibraryError(f"{path} does not load: {error}") from error
+    if version != ABI_VERSION:
+        raise LibraryError(
+            f"{path} has ABI version {version}, this package wants {ABI_VERSION}; install the package again"
+        )
+    library.fff_forward.argtypes = FORWARD_ARGUMENTS
+    library.fff_backward.argtypes = BACKWARD_ARGUMENTS
+    library.fff_forward.restype = library.fff_backward.restype = c_int
+    library.fff_instruction_set.restype = c_char_p
+    library.fff_select_instruction_set.argtypes = [c_char_p]
+    library.fff_set_parallel_region.argtypes = [c_void_p]
+    return library
+
+
+def _parallel_region_of_torch() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that torch runs on, or None.
+
+    libgomp, Intel's and LLVM's runtimes have it. Looked up where torch's own calls find it: among the global symbols,
+    then in what libtorch_cpu depends on.
+    """
+    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    for name in (None, str(torch_library)):
+        try:
+            symbol = ctypes.CDLL(name).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(symbol, c_void_p).value
+    return None
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """The library, connected to torch's OpenMP runtime, its instruction set chosen.
+
+    Raises:
+        LibraryError: missing, not loadable, or FASTBERT_NATIVE_ISA asks for what the CPU lacks.
+    """
+    library = _open_library()
+    library.fff_set_parallel_region(_parallel_region_of_torch())
+    wanted = os.environ.get(INSTRUCTION_SET_VARIABLE)
+    if wanted and not library.fff_select_instruction_set(wanted.encode()):
+        raise LibraryError(f"{INSTRUCTION_SET_VARIABLE}={wanted!r} is unknown or this CPU does not have it")
+    return library
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    """Why the library cannot be used in this process, or None."""
+    try:
+        load_library()
+    except LibraryError as error:
+        return str(error)
+    return None

@@ -1,0 +1,48 @@
+"""Builds the native CPU kernels; everything else is in setup.cfg.
+
+The kernels are optional: without a C++ compiler the package installs without them, says so here, and
+`python -m fastbert_hf.kernels` repeats why.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+NATIVE = Path("fastbert_hf/kernels/native")
+SOURCES = sorted(str(path) for path in (NATIVE / "csrc").iterdir())
+
+
+def load_build_module():
+    """native/build.py by itself: importing the package would need torch."""
+    spec = importlib.util.spec_from_file_location("fastbert_native_build", NATIVE / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class build_native(build_ext):
+    """A library with C functions, not a Python module, so it keeps its own name and its own build."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def build_extension(self, extension: Extension) -> None:
+        folder = Path(self.get_ext_fullpath(extension.name)).parent
+        reason = load_build_module().build_or_explain(folder)
+        if reason is not None:
+            self.announce(
+                f"fastbert-hf: WITHOUT native CPU kernels, the plain PyTorch backend is used instead. {reason}", 4
+            )
+
+    def copy_extensions_to_source(self) -> None:
+        for extension in self.extensions:
+            load_build_module().build_or_explain(Path(*extension.name.split(".")).parent)
+
+
+setup(
+    ext_modules=[Extension("fastbert_hf.kernels.native.libfff", sources=SOURCES, optional=True)],
+    package_data={"fastbert_hf.kernels.native": ["csrc/*", "build_failure.txt"]},
+    cmdclass={"build_ext": build_native},
+)

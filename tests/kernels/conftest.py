@@ -1,0 +1,52 @@
+"""The native library, built on demand, on every instruction set that this machine has."""
+
+import pytest
+import torch
+
+from fastbert_hf.fff_op import BACKENDS
+from fastbert_hf.kernels.native import build, library
+
+INSTRUCTION_SETS = ("avx512", "avx2", "generic")
+
+
+def _build_if_stale() -> str | None:
+    """Compile where no library newer than its sources exists; the reason if that fails."""
+    target = build.FOLDER / build.LIBRARY_NAME
+    newest = max(path.stat().st_mtime for path in (build.FOLDER / "csrc").iterdir())
+    if target.exists() and target.stat().st_mtime >= newest:
+        return None
+    return build.build_or_explain(build.FOLDER)
+
+
+@pytest.fixture(scope="session")
+def native_library():
+    reason = _build_if_stale()
+    if reason is not None:
+        pytest.skip(f"the native library cannot be built: {reason}")
+    return library.load_library()
+
+
+@pytest.fixture
+def native(native_library):
+    """The backend, and two threads of torch whatever the machine."""
+    backend = BACKENDS["native"]
+    assert backend.unavailable() is None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield backend
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request, native_library):
+    before = native_library.fff_instruction_set()
+    if not native_library.fff_select_instruction_set(request.param.encode()):
+        pytest.skip(f"this CPU does not have {request.param}")
+    yield request.param
+    native_library.fff_select_instruction_set(before)
+
+
+@pytest.fixture(scope="session")
+def native_backend(native_library):
+    """The backend for property tests, which run many examples per call of the test."""
+    return BACKENDS["native"]

@@ -1,0 +1,77 @@
+"""torch.onnx.export(dynamo=True): onnxruntime gives torch's numbers in a process without this package."""
+
+import pytest
+import torch
+from torch.export import Dim
+
+from fastbert_hf import FastBertForMaskedLM, FastBertForSequenceClassification, FastBertModel
+from tests.clients.helpers import random_batch, run_without_package, tiny_model
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+SHAPES = ((1, 1), (5, 32), (2, 9), (1, 9), (7, 1))
+
+RUN_FILES = """
+import pathlib
+import numpy, onnxruntime
+
+for path in sorted(pathlib.Path.cwd().glob("*.onnx")):
+    session = onnxruntime.InferenceSession(path)
+    cases = numpy.load(path.with_suffix(".npz"))
+    names = [value.name for value in session.get_inputs()]
+    for index in range(int(cases["count"])):
+        (output,) = session.run(None, {name: cases[f"{name}-{index}"] for name in names})
+        numpy.testing.assert_allclose(output, cases[f"output-{index}"], rtol=1e-5, atol=1e-5)
+        print(path.stem, *output.shape)
+assert "torch" not in sys.modules
+"""
+
+
+def export_onnx(model: torch.nn.Module, with_mask: bool, path) -> torch.onnx.ONNXProgram:
+    inputs = random_batch(3, 7)
+    if not with_mask:
+        inputs.pop("attention_mask")
+    batch, length = Dim("batch", min=1, max=64), Dim("length", min=1, max=model.config.max_position_embeddings)
+    shapes = {name: {0: batch, 1: length} for name in inputs}
+    program = torch.onnx.export(
+        model, (), kwargs=inputs, dynamic_shapes=shapes, dynamo=True, output_names=["output"], verbose=False
+    )
+    program.save(path)
+    return program
+
+
+def padded_inputs(batch: int, length: int, with_mask: bool) -> dict[str, torch.Tensor]:
+    """Rows padded right and left, and (from three rows) one in which nothing is visible."""
+    inputs = random_batch(batch, length)
+    if not with_mask:
+        inputs.pop("attention_mask")
+    elif batch > 2:
+        inputs["attention_mask"][-1] = 0
+    return inputs
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:# The axis name")
+@torch.no_grad()
+def test_onnx_files_run_without_the_package_at_every_shape(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    models = {
+        "classifier-mask": tiny_model(FastBertForSequenceClassification, classifier_pooling="mean"),
+        "encoder-mask": tiny_model(FastBertModel),
+        "encoder-nomask": tiny_model(FastBertModel),
+        "masked_lm-mask": tiny_model(FastBertForMaskedLM, norm_scheme="post", use_bias=True, type_vocab_size=2),
+    }
+    for stem, model in models.items():
+        with_mask = stem.endswith("-mask")
+        program = export_onnx(model, with_mask, tmp_path / f"{stem}.onnx")
+        assert {node.domain for node in program.model.graph} == {""}, "only standard operators"
+        arrays = {"count": len(SHAPES)}
+        for index, shape in enumerate(SHAPES):
+            inputs = padded_inputs(*shape, with_mask)
+            arrays |= {f"{name}-{index}": tensor.numpy() for name, tensor in inputs.items()}
+            arrays[f"output-{index}"] = model(**inputs)[0].numpy()
+        numpy.savez(tmp_path / f"{stem}.npz", **arrays)
+    printed = run_without_package(RUN_FILES, cwd=tmp_path)
+    assert len(printed.splitlines()) == len(models) * len(SHAPES)

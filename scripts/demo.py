@@ -36,9 +36,13 @@ class DemoArguments:
     """Options of the demonstration."""
 
     output_dir: str = field(default="runs/demo", metadata={"help": "everything is written here"})
-    megabytes: float = field(default=14.0, metadata={"help": "millions of characters of documentation"})
+    megabytes: float = field(default=12.0, metadata={"help": "millions of characters of documentation"})
     max_steps: int | None = field(default=None, metadata={"help": "other number of pretraining steps"})
     wanted_nats: float = field(default=1.0, metadata={"help": "how far under the unigram loss pretraining must get"})
+    threads: int = field(
+        default=1,
+        metadata={"help": "CPU threads; more help only on an idle machine, where others compute they wait in turns"},
+    )
     quick: bool = field(default=False, metadata={"help": "a few steps on little text: shows that everything runs"})
     progress: bool = field(default=True, metadata={"help": "show progress bars"})
 
@@ -192,6 +196,9 @@ def main(argv: list[str] | None = None) -> list[str]:
     """
     (options,) = RecipeArgumentParser(DemoArguments, description=__doc__).parse(argv)
     folder = check_output_folder(options.output_dir)
+    if options.threads < 1:
+        raise ValueError(f"threads must be at least 1; got {options.threads}")
+    torch.set_num_threads(options.threads)
     start = time.perf_counter()
     files = write_corpus(folder, options)
     size = (files["train"].stat().st_size + files["validation"].stat().st_size) / 1e6

@@ -13,6 +13,16 @@ if TYPE_CHECKING:
 IGNORED = -100
 
 
+def check_probability(probability: float) -> None:
+    """Check a share of positions to predict.
+
+    Raises:
+        ValueError: unless it lies between 0 and 1, both excluded.
+    """
+    if not 0 < probability < 1:
+        raise ValueError(f"mlm_probability must lie between 0 and 1, both excluded; got {probability}")
+
+
 def mask_tokens(
     input_ids: torch.Tensor,
     special_ids: torch.Tensor,
@@ -78,8 +88,7 @@ class MaskedLanguageModelCollator:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", probability: float = 0.25, seed: int = 0):
-        if not 0 < probability < 1:
-            raise ValueError(f"mlm_probability must lie between 0 and 1, both excluded; got {probability}")
+        check_probability(probability)
         if tokenizer.mask_token_id is None:
             raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no mask token; MLM needs one")
         self.probability = probability

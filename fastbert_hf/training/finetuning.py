@@ -1,6 +1,5 @@
 """Fine-tuning a sequence classifier on one GLUE-format task."""
 
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from fastbert_hf.training.runs import (
     quiet_host,
     remove_checkpoints,
     save_model,
+    train,
     write_summary,
 )
 
@@ -122,14 +122,16 @@ def _classifier(model: ModelArguments, task: Task):
         raise ValueError(f"no model in {str(path)!r}: config.json is missing")
     names = task.labels or ("value",)
     try:
-        config = AutoConfig.from_pretrained(
-            model.config_name or model.model_name_or_path,
-            num_labels=task.num_labels,
-            id2label=dict(enumerate(names)),
-            label2id={name: index for index, name in enumerate(names)},
-            problem_type="regression" if task.is_regression else "single_label_classification",
-            finetuning_task=task.name,
-        )
+        config = AutoConfig.from_pretrained(model.config_name or model.model_name_or_path)
+        has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+        if has_head and config.num_labels != task.num_labels and not model.ignore_mismatched_sizes:
+            raise ValueError(
+                f"the classifier in {str(path)!r} has {config.num_labels} outputs and {task.name} wants "
+                f"{task.num_labels}; --ignore_mismatched_sizes replaces it with a new one"
+            )
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: index for index, name in enumerate(names)}
+        config.problem_type = "regression" if task.is_regression else "single_label_classification"
         return AutoModelForSequenceClassification.from_pretrained(
             model.model_name_or_path, config=config, ignore_mismatched_sizes=model.ignore_mismatched_sizes
         )
@@ -168,7 +170,7 @@ def finetune(
     """
     _check(model_options, args)
     checkpoint = find_checkpoint(args, data.overwrite_output_dir)
-    task, train, validations = load_task(data)
+    task, training, validations = load_task(data)
     tokenizer = load_tokenizer(model_options.tokenizer_name or model_options.model_name_or_path)
     quiet_host(args)
     set_seed(args.seed)
@@ -186,19 +188,19 @@ def finetune(
     trainer = Trainer(
         model=model,
         args=args,
-        train_dataset=prepared(train) if args.do_train else None,
+        train_dataset=prepared(training) if args.do_train else None,
         eval_dataset=next(iter(evaluations.values())),
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         compute_metrics=metrics,
     )
-    summary: dict[str, Any] = {"task": task.name, "train_examples": len(train), "seed": args.seed}
+    summary: dict[str, Any] = {"task": task.name, "train_examples": len(training), "seed": args.seed}
     if args.do_train:
         summary |= _train(trainer, tokenizer, checkpoint, data.overwrite_output_dir)
     if args.do_eval:
         for name, rows in evaluations.items():
             split = validations[name]
-            summary |= _evaluate(trainer, rows, name if len(evaluations) > 1 else "", task, train, split)
+            summary |= _evaluate(trainer, rows, name if len(evaluations) > 1 else "", task, training, split)
     if is_main_process(args):
         write_summary(args.output_dir, summary)
     return model, summary
@@ -207,22 +209,15 @@ def finetune(
 def _train(trainer: Trainer, tokenizer, checkpoint: str | None, overwrite: bool) -> dict[str, Any]:
     if overwrite and is_main_process(trainer.args):
         remove_checkpoints(trainer.args.output_dir)
-    start = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = round(time.perf_counter() - start, 1)
+    result = train(trainer, checkpoint)
     save_model(trainer, tokenizer)
-    return {
-        "train_loss": result.training_loss,
-        "steps": trainer.state.global_step,
-        "train_seconds": seconds,
-        "resumed_from": checkpoint,
-    }
+    return result
 
 
-def _evaluate(trainer: Trainer, rows, suffix: str, task: Task, train: Split, split: Split) -> dict[str, Any]:
+def _evaluate(trainer: Trainer, rows, suffix: str, task: Task, training: Split, split: Split) -> dict[str, Any]:
     """Metrics of one validation split, each beside its majority baseline."""
     measured = trainer.evaluate(rows)
-    baseline = majority_baseline(task.metrics, train.labels, split.labels, task.is_regression)
+    baseline = majority_baseline(task.metrics, training.labels, split.labels, task.is_regression)
     ending = f"_{suffix}" if suffix else ""
     summary: dict[str, Any] = {f"examples{ending}": len(split)}
     for name in task.metrics:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers import (
 )
 
 from fastbert_hf.data.corpus import check_corpus_files, read_documents, split_documents
-from fastbert_hf.data.masking import MaskedLanguageModelCollator, MaskedSequences
+from fastbert_hf.data.masking import MaskedLanguageModelCollator, MaskedSequences, check_probability
 from fastbert_hf.data.packing import PackedSequences, pack_documents
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.training.arguments import load_yaml
@@ -30,6 +29,7 @@ from fastbert_hf.training.runs import (
     quiet_host,
     remove_checkpoints,
     save_model,
+    train,
     write_summary,
 )
 
@@ -89,7 +89,7 @@ def model_config(
     recipe: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     max_seq_length: int,
-    sparse_prediction: float = 0.0,
+    sparse_prediction: float | None = None,
 ) -> PreTrainedConfig:
     """Build a model configuration that fits a tokenizer.
 
@@ -97,8 +97,8 @@ def model_config(
         recipe: configuration fields; `model_type` defaults to "fastbert", `vocab_size` to the tokenizer's.
         tokenizer: fixes the vocabulary and the padding id.
         max_seq_length: longest sequence the run feeds.
-        sparse_prediction: share of labelled positions, 0 to compute the decoder everywhere. Ignored by models
-            without that option.
+        sparse_prediction: share of labelled positions, 0 to compute the decoder everywhere, None to leave it to
+            the recipe. Ignored by models without that option.
 
     Returns:
         The configuration.
@@ -117,7 +117,7 @@ def model_config(
     unknown = sorted(set(fields) - known)
     if unknown:
         raise ValueError(f"the model recipe has an unknown field {unknown[0]!r} for model_type {model_type!r}")
-    if sparse_prediction and "sparse_prediction" in known:
+    if sparse_prediction is not None and "sparse_prediction" in known:
         fields["sparse_prediction"] = sparse_prediction
     config = AutoConfig.for_model(model_type, pad_token_id=tokenizer.pad_token_id, **fields)
     check_fit(config, tokenizer, max_seq_length)
@@ -180,6 +180,7 @@ def _check(options: PretrainingArguments) -> None:
         raise ValueError("exactly one of --model_config and --model_name_or_path is wanted")
     if options.tokenizer_name is None and options.model_name_or_path is None:
         raise ValueError("--tokenizer_name is missing; scripts/train_tokenizer.py makes a tokenizer")
+    check_probability(options.mlm_probability)
     if options.max_eval_samples < 1:
         raise ValueError(f"max_eval_samples must be at least 1; got {options.max_eval_samples}")
     check_corpus_files(options.train_file)
@@ -257,9 +258,7 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     )
     if options.overwrite_output_dir and is_main_process(args):
         remove_checkpoints(args.output_dir)
-    start = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - start
+    result = train(trainer, checkpoint)
     loss = trainer.evaluate()["eval_loss"]
     if not math.isfinite(loss):
         raise ValueError(f"training diverged: the held-out loss is {loss}; try a lower learning rate")
@@ -268,14 +267,11 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
         "validation_loss": loss,
         "unigram_loss": data.unigram_loss,
         "nats_under_unigram": data.unigram_loss - loss,
-        "train_loss": result.training_loss,
-        "steps": trainer.state.global_step,
-        "tokens_seen": trainer.state.global_step * step_size * options.max_seq_length,
+        **result,
+        "tokens_seen": result["steps"] * step_size * options.max_seq_length,
         "train_tokens": int(data.train.input_ids.size),
         "validation_sequences": len(data.validation),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "train_seconds": round(seconds, 1),
-        "resumed_from": checkpoint,
         "seed": args.seed,
     }
     if is_main_process(args):

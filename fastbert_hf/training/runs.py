@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,32 @@ def remove_checkpoints(output_dir: str | Path) -> None:
     """
     for checkpoint in Path(output_dir).glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
+
+
+def train(trainer: "Trainer", checkpoint: str | None) -> dict[str, Any]:
+    """Train, unless the checkpoint is that of a run already at its last step.
+
+    Args:
+        trainer: what trains.
+        checkpoint: where to start from, or None.
+
+    Returns:
+        train_loss (None if nothing was left to do), steps, train_seconds, resumed_from.
+    """
+    from transformers import TrainerState
+
+    result = {"train_loss": None, "steps": 0, "train_seconds": 0.0, "resumed_from": checkpoint}
+    if checkpoint:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if 0 < trainer.args.max_steps <= state.global_step:
+            # Resumed at its last step, the Trainer would take one step more.
+            weights = type(trainer.model).from_pretrained(checkpoint).state_dict()
+            trainer.model.load_state_dict(weights)
+            return {**result, "steps": state.global_step}
+    start = time.perf_counter()
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = round(time.perf_counter() - start, 1)
+    return {**result, "train_loss": output.training_loss, "steps": output.global_step, "train_seconds": seconds}
 
 
 def check_fit(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase", max_seq_length: int) -> None:

@@ -1,0 +1,114 @@
+"""The command lines: the whole chain on little text, and one line for every mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))  # as when a script is started
+
+import demo  # noqa: E402
+import pretrain_mlm  # noqa: E402
+import run_glue  # noqa: E402
+import train_tokenizer  # noqa: E402
+
+from fastbert_hf.data.documentation import Document  # noqa: E402
+
+
+def start(script, *arguments):
+    """Run a script as a user does."""
+    command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPTS.parent, timeout=300)
+
+
+@pytest.mark.slow
+def test_quick_demo_runs_the_whole_chain(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # recipes must be found from anywhere
+    threads = torch.get_num_threads()
+    try:
+        lines = demo.main(["--quick", "--progress", "false", "--output_dir", "out"])
+    finally:
+        torch.set_num_threads(threads)
+    text = "\n".join(lines)
+    assert "10 of 1023 per token and layer" in text
+    assert "unigram baseline" in text and "outputs exactly" in text
+    tuned = json.loads((tmp_path / "out" / "library-classifier" / "summary.json").read_text())
+    assert f"{tuned['accuracy']:.3f} on {tuned['examples']}" in text
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "library-classifier")
+    assert loaded.config.num_labels == demo.CLASSES
+    train = (tmp_path / "out" / "train.txt").read_text(encoding="utf-8").splitlines()
+    held_out = (tmp_path / "out" / "validation.txt").read_text(encoding="utf-8").splitlines()
+    assert 0.005 < len(held_out) / len(train) < 0.2 and not set(train) & set(held_out)
+
+
+def test_demo_refuses_bad_options_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "write_corpus", lambda folder, options: pytest.fail("work started before the check"))
+    with pytest.raises(ValueError, match="threads must be at least 1"):
+        demo.main(["--threads", "0", "--output_dir", str(tmp_path)])
+
+
+def test_library_task_hides_the_answer_and_separates_files():
+    names = ["one", "two", "three", "four", "five", "six", "seven"]
+    documents = [
+        Document(f"text {number} about things", name, f"{name}/{number}.py")
+        for number in range(60)
+        for name in names[:6]
+    ]
+    documents += [Document("rare text", "seven", "seven/a.py"), Document("text of Two", "one", "one/x.py")]
+    rows = demo.library_task(documents)
+    everything = rows["train"] + rows["validation"]
+    assert len(everything) == 360 and rows["validation"]
+    assert {row["label"] for row in everything} == set(names[:6])
+    assert not any("two" in row["sentence"].lower() for row in everything)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("train_tokenizer.py", ["--train_file", "absent.txt", "--output_dir", "OUT"], "'absent.txt' does not exist"),
+        ("pretrain_mlm.py", ["--config", "absent.yaml", "--output_dir", "OUT"], "'absent.yaml' does not exist"),
+        (
+            "run_glue.py",
+            ["--task_name", "mrpk", "--do_eval", "--model_name_or_path", "x", "--output_dir", "OUT"],
+            "mrpk",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_a_failing_exit_code(tmp_path, script, arguments, message):
+    out = tmp_path / "out"
+    result = start(script, *[str(out) if argument == "OUT" else argument for argument in arguments])
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ") and message in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("main", [train_tokenizer.main, pretrain_mlm.main, run_glue.main, demo.main])
+def test_every_script_explains_its_options(main, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "--config" in text and "--output_dir" in text
+
+
+def test_tokenizer_script_writes_a_folder_and_refuses_a_file(tmp_path, capsys):
+    (tmp_path / "corpus.txt").write_text("the river flows\nthe wind turns\n" * 5)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("vocab_size: 60\nmodel_max_length: 20\n")
+    arguments = ["--config", str(recipe), "--train_file", str(tmp_path / "corpus.txt"), "--output_dir"]
+    folder = train_tokenizer.main([*arguments, str(tmp_path / "tok")])
+    assert sorted(path.name for path in folder.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    assert "entries in" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="is a file"):
+        train_tokenizer.main([*arguments, str(tmp_path / "corpus.txt")])
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match="corpus is empty"):
+        train_tokenizer.main(["--train_file", str(tmp_path / "empty.txt"), "--output_dir", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,97 @@
+"""Recipes and command lines."""
+
+from dataclasses import dataclass, field
+
+import pytest
+from transformers import TrainingArguments
+
+from fastbert_hf.training.arguments import RecipeArgumentParser, load_yaml, run_command
+
+
+@dataclass
+class Options:
+    """Some options."""
+
+    name: str = field(default="a")
+    files: list[str] = field(default_factory=list)
+    flag: bool = field(default=True)
+    count: int | None = field(default=None)
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def parse(argv):
+    return RecipeArgumentParser((Options, TrainingArguments)).parse(argv)
+
+
+def test_recipe_values_are_converted_and_the_command_line_wins(tmp_path):
+    recipe = write(
+        tmp_path / "r.yaml",
+        "learning_rate: 5e-5\nadam_epsilon: '1e-6'\nflag: false\nfiles: [a, b]\ncount: 3\nmax_steps: -1\n"
+        "lr_scheduler_kwargs: {num_cycles: 2}\noutput_dir: out\nname: null\n",
+    )
+    options, args = parse(["--learning_rate", "1e-3", "--config", recipe, "--files", "c"])
+    assert args.learning_rate == 1e-3 and args.adam_epsilon == 1e-6
+    assert options == Options(name="a", files=["c"], flag=False, count=3)
+    assert args.max_steps == -1 and args.lr_scheduler_kwargs == {"num_cycles": 2} and args.output_dir == "out"
+    assert parse(["--config", recipe])[0].files == ["a", "b"]
+
+
+def test_a_later_recipe_wins_over_an_earlier_one(tmp_path):
+    first, second = write(tmp_path / "1.yaml", "name: x\ncount: 1\n"), write(tmp_path / "2.yaml", "name: y\n")
+    options, _ = parse(["--config", first, "--config", second])
+    assert (options.name, options.count) == ("y", 1)
+
+
+def test_unknown_key_names_key_and_file(tmp_path):
+    recipe = write(tmp_path / "bad.yaml", "learning_rat: 1\n")
+    with pytest.raises(ValueError, match="learning_rat") as caught:
+        parse(["--config", recipe])
+    assert "bad.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- a\n", "key: value"), ("", "key: value"), ("a: [\n", "not valid YAML"), ("a: 1\na: 2\n", "appears twice")],
+)
+def test_unusable_recipe_files_are_named(tmp_path, text, message):
+    recipe = write(tmp_path / "bad.yaml", text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_yaml(recipe)
+    assert "bad.yaml" in str(caught.value)
+
+
+def test_missing_recipe_unknown_option_and_wrong_type_raise(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        parse(["--config", str(tmp_path / "absent.yaml")])
+    with pytest.raises(ValueError, match="--colour"):
+        parse(["--colour", "red"])
+    with pytest.raises(ValueError, match="'many'"):
+        parse(["--count", "many"])
+    recipe = write(tmp_path / "r.yaml", "count: many\n")
+    with pytest.raises(ValueError, match="'many'"):
+        parse(["--config", recipe])
+
+
+def test_exponents_without_a_dot_are_numbers(tmp_path):
+    content = load_yaml(write(tmp_path / "r.yaml", "a: 1e-12\nb: 5E3\nc: 12\nd: 1e\ne: no\n"))
+    assert content == {"a": 1e-12, "b": 5000.0, "c": 12, "d": "1e", "e": False}
+    assert isinstance(content["c"], int)
+
+
+def test_a_value_error_becomes_one_line_and_other_errors_pass(capsys):
+    def wrong():
+        raise ValueError("first\n  second")
+
+    def broken():
+        raise RuntimeError("a bug")
+
+    assert run_command(wrong) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "error: first second\n" and captured.out == ""
+    assert run_command(lambda: None) == 0
+    with pytest.raises(RuntimeError):
+        run_command(broken)

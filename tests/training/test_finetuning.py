@@ -1,0 +1,185 @@
+"""Fine-tuning on tiny tasks: it learns, reports honestly, resumes, and refuses bad input."""
+
+import json
+import random
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, TrainingArguments
+
+import fastbert_hf  # noqa: F401  registers the model with the Auto classes
+from fastbert_hf.data.glue import TASKS
+from fastbert_hf.data.tokenizer import load_tokenizer
+from fastbert_hf.training.arguments import load_yaml
+from fastbert_hf.training.finetuning import DataTrainingArguments, ModelArguments, finetune
+from fastbert_hf.training.pretraining import model_config
+
+
+@pytest.fixture(scope="session")
+def pretrained(tiny):
+    """A folder with random weights and the tokenizer."""
+    tokenizer = load_tokenizer(tiny / "tokenizer")
+    torch.manual_seed(0)
+    config = model_config({**load_yaml(tiny / "model.yaml"), "classifier_pooling": "mean"}, tokenizer, 32)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tiny / "pretrained")
+    tokenizer.save_pretrained(tiny / "pretrained")
+    return tiny / "pretrained"
+
+
+def write_split(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def glue_dir(tmp_path_factory):
+    """Three tasks whose answer is one word of the text."""
+    folder = tmp_path_factory.mktemp("glue")
+    draw = random.Random(1)
+
+    def text(key):
+        words = draw.choices(["river", "wind", "the", "a", "flows"], k=5)
+        return " ".join([*words, key])
+
+    for split, count in (("train", 120), ("validation", 40)):
+        labels = [draw.randrange(2) for _ in range(count)]
+        rows = [{"sentence": text("grass" if label else "stone"), "label": label} for label in labels]
+        write_split(folder / "sst2" / f"{split}.jsonl", rows)
+        rows = [
+            {"sentence1": text("sea"), "sentence2": text("cloud" if label else "stone"), "label": 4.0 * label + 0.5}
+            for label in labels
+        ]
+        write_split(folder / "stsb" / f"{split}.jsonl", rows)
+    for split in ("train", "validation_matched", "validation_mismatched"):
+        rows = [{"premise": text("sea"), "hypothesis": text("sea"), "label": row % 3} for row in range(12)]
+        write_split(folder / "mnli" / f"{split}.jsonl", rows)
+    return folder
+
+
+def run(pretrained, output_dir, data, **changes):
+    model = {"model_name_or_path": str(pretrained)}
+    for name in list(changes):
+        if name in ModelArguments.__dataclass_fields__:
+            model[name] = changes.pop(name)
+    training = {
+        "output_dir": str(output_dir),
+        "do_train": True,
+        "do_eval": True,
+        "num_train_epochs": 4,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **changes,
+    }
+    data = {"max_seq_length": 24, **{name: str(value) if value is not None else None for name, value in data.items()}}
+    data["max_seq_length"] = int(data["max_seq_length"])
+    return finetune(ModelArguments(**model), DataTrainingArguments(**data), TrainingArguments(**training))
+
+
+def test_classification_learns_and_names_its_labels(pretrained, glue_dir, tmp_path):
+    model, summary = run(pretrained, tmp_path / "out", {"task_name": "sst2", "glue_dir": glue_dir})
+    assert summary["accuracy"] > 0.9 > summary["majority_accuracy"]
+    assert summary["train_examples"] == 120 and summary["examples"] == 40
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert loaded.config.id2label == {0: "negative", 1: "positive"}
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_evaluation_alone_repeats_the_numbers_of_training(pretrained, glue_dir, tmp_path):
+    data = {"task_name": "sst2", "glue_dir": glue_dir}
+    _, trained = run(pretrained, tmp_path / "trained", data, num_train_epochs=1)
+    for number, padding in enumerate(("", "1")):
+        padded = {**data, "pad_to_max_length": padding}
+        _, again = run(tmp_path / "trained", tmp_path / f"again{number}", padded, do_train=False)
+        assert again["accuracy"] == trained["accuracy"]
+        assert "train_loss" not in again
+
+
+def test_regression_learns_and_reports_correlations(pretrained, glue_dir, tmp_path):
+    _, summary = run(pretrained, tmp_path, {"task_name": "stsb", "glue_dir": glue_dir}, num_train_epochs=8)
+    assert summary["pearson"] > 0.8 and summary["spearman"] > 0.8
+    assert summary["majority_pearson"] == 0.0
+    assert AutoConfig.from_pretrained(tmp_path).problem_type == "regression"
+
+
+def test_mnli_is_measured_on_both_validation_sets(pretrained, glue_dir, tmp_path):
+    _, summary = run(pretrained, tmp_path, {"task_name": "mnli", "glue_dir": glue_dir}, max_steps=2)
+    for name in ("validation_matched", "validation_mismatched"):
+        assert 0 <= summary[f"accuracy_{name}"] <= 1
+        assert summary[f"majority_accuracy_{name}"] == pytest.approx(1 / 3)
+
+
+def test_own_files_with_named_labels(pretrained, glue_dir, tmp_path):
+    rows = [{"text": "grass and stone", "label": "plants"}, {"text": "stone", "label": "minerals"}] * 4
+    write_split(tmp_path / "train.jsonl", rows)
+    files = {"train_file": tmp_path / "train.jsonl", "validation_file": tmp_path / "train.jsonl"}
+    model, summary = run(pretrained, tmp_path / "out", files, max_steps=1)
+    assert summary["task"] == "own" and summary["majority_accuracy"] == 0.5
+    assert model.config.label2id == {"minerals": 0, "plants": 1}
+
+
+def test_a_finished_run_is_picked_up_not_repeated(pretrained, glue_dir, tmp_path):
+    changes = {"max_steps": 6, "save_strategy": "steps", "save_steps": 6}
+    data = {"task_name": "sst2", "glue_dir": glue_dir}
+    _, first = run(pretrained, tmp_path, data, **changes)
+    _, again = run(pretrained, tmp_path, data, **changes)
+    assert again["resumed_from"] == str(tmp_path / "checkpoint-6")
+    assert again["accuracy"] == first["accuracy"] and again["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("data", "changes", "message"),
+    [
+        ({"task_name": "glue"}, {}, "unknown GLUE task 'glue'"),
+        ({"task_name": None}, {}, "no data"),
+        ({"task_name": "rte"}, {}, "rte has no train split"),
+        ({"glue_dir": "absent"}, {}, "'absent' is not a folder"),
+        ({"train_file": "a.csv"}, {}, "got both"),
+        ({"max_seq_length": 64}, {}, "max_position_embeddings 32"),
+        ({}, {"model_name_or_path": None}, "--model_name_or_path is missing"),
+        ({}, {"do_train": False, "do_eval": False}, "nothing to do"),
+        ({}, {"do_predict": True}, "--do_predict is not available"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_written(pretrained, glue_dir, tmp_path, data, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(pretrained, tmp_path / "out", {"task_name": "sst2", "glue_dir": glue_dir, **data}, **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_without_model_or_tokenizer_are_named(pretrained, glue_dir, tiny, tmp_path):
+    data = {"task_name": "sst2", "glue_dir": glue_dir}
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        run(tiny / "tokenizer", tmp_path / "out", data)
+    AutoModelForMaskedLM.from_pretrained(pretrained).save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="no tokenizer in"):
+        run(tmp_path / "bare", tmp_path / "out", data)
+    write_split(tmp_path / "one.jsonl", [{"sentence": "a", "label": 0}])
+    with pytest.raises(ValueError, match="wanted together"):
+        run(pretrained, tmp_path / "out", {"train_file": tmp_path / "one.jsonl"})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_with_other_labels_is_refused_or_replaced(pretrained, glue_dir, tmp_path):
+    run(pretrained, tmp_path / "sst2", {"task_name": "sst2", "glue_dir": glue_dir}, max_steps=1)
+    data = {"task_name": "mnli", "glue_dir": glue_dir}
+    with pytest.raises(ValueError, match="ignore_mismatched_sizes"):
+        run(tmp_path / "sst2", tmp_path / "out", data, max_steps=1)
+    assert not (tmp_path / "out").exists()
+    _, summary = run(tmp_path / "sst2", tmp_path / "out", data, max_steps=1, ignore_mismatched_sizes=True)
+    assert summary["steps"] == 1
+
+
+def test_the_table_covers_every_metric():
+    assert {name for task in TASKS.values() for name in task.metrics} == {
+        "accuracy",
+        "f1",
+        "matthews_correlation",
+        "pearson",
+        "spearman",
+    }

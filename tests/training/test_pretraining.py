@@ -1,0 +1,204 @@
+"""Pretraining on a tiny corpus: what is saved, how it resumes, what it refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, Trainer, TrainingArguments
+
+import fastbert_hf  # noqa: F401  registers the model with the Auto classes
+from fastbert_hf.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
+from fastbert_hf.training.pretraining import PretrainingArguments, model_config, prepare_data, pretrain
+
+
+def arguments(tiny, output_dir, **changes):
+    """(PretrainingArguments, TrainingArguments) of a run of a few steps; changes go to whichever has the field."""
+    options = {
+        "model_config": str(tiny / "model.yaml"),
+        "tokenizer_name": str(tiny / "tokenizer"),
+        "train_file": [str(tiny / "corpus.txt")],
+        "validation_share": 0.1,
+        "max_seq_length": 16,
+    }
+    training = {
+        "output_dir": str(output_dir),
+        "max_steps": 6,
+        "save_steps": 3,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 0,
+    }
+    for name, value in changes.items():
+        (options if name in PretrainingArguments.__dataclass_fields__ else training)[name] = value
+    return PretrainingArguments(**options), TrainingArguments(**training)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """Output folder, model and summary of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    model, summary = pretrain(*arguments(tiny, folder))
+    return folder, model, summary
+
+
+def test_saved_folder_loads_and_repeats_the_held_out_loss(tiny, finished):
+    folder, model, summary = finished
+    loaded = AutoModelForMaskedLM.from_pretrained(folder).eval()
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    options, _ = arguments(tiny, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    held = prepare_data(options, tokenizer, 8, loaded.config.vocab_size, seed=7, progress=False).validation
+    with torch.no_grad():
+        output = loaded(input_ids=held.input_ids, labels=held.labels)
+    assert output.logits.shape == (*held.input_ids.shape, loaded.config.vocab_size)
+    assert summary["validation_loss"] == pytest.approx(output.loss.item(), abs=1e-5)
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert summary["steps"] == 6 and summary["tokens_seen"] == 6 * 8 * 16 and summary["resumed_from"] is None
+
+
+def test_output_folder_holds_no_temporary_files(finished):
+    folder, _, _ = finished
+    assert [path.name for path in folder.parent.iterdir()] == ["out"]
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "summary.json", "checkpoint-6"} <= names
+    assert not any(name.startswith(".") for name in names)
+
+
+def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tiny, finished, tmp_path):
+    folder, model, summary = finished
+    shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-3")
+    (tmp_path / "checkpoint-6").mkdir()  # interrupted while being written
+    (tmp_path / "checkpoint-6" / "config.json").write_text("{}")
+    resumed, again = pretrain(*arguments(tiny, tmp_path))
+    assert again["resumed_from"] == str(tmp_path / "checkpoint-3")
+    assert again["validation_loss"] == summary["validation_loss"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_overwriting_starts_anew_and_removes_old_checkpoints(tiny, finished, tmp_path):
+    folder, _, summary = finished
+    shutil.copytree(folder / "checkpoint-6", tmp_path / "checkpoint-6")
+    shutil.copytree(folder / "checkpoint-6", tmp_path / "checkpoint-99")
+    _, again = pretrain(*arguments(tiny, tmp_path, overwrite_output_dir=True))
+    assert again["resumed_from"] is None and again["validation_loss"] == summary["validation_loss"]
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
+
+
+def test_seeds_change_the_run_but_not_the_held_out_positions(tiny, finished, tmp_path):
+    _, _, summary = finished
+    _, other = pretrain(*arguments(tiny, tmp_path, seed=1))
+    assert other["validation_loss"] != summary["validation_loss"]
+    assert other["unigram_loss"] == summary["unigram_loss"]
+
+
+def test_training_learns(tiny, finished, tmp_path):
+    _, _, short = finished
+    _, longer = pretrain(*arguments(tiny, tmp_path, max_steps=60, save_strategy="no"))
+    assert longer["validation_loss"] < short["validation_loss"] - 0.3
+
+
+def test_dropout_is_off_in_pretraining_and_kept_in_the_saved_configuration(finished):
+    folder, model, _ = finished
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
+    assert model.config.hidden_dropout_prob == 0.1
+    config = json.loads((folder / "config.json").read_text())
+    assert config["hidden_dropout_prob"] == config["attention_probs_dropout_prob"] == 0.1
+    assert config["sparse_prediction"] == 0.25
+    reloaded = AutoModelForMaskedLM.from_pretrained(folder)
+    assert 0.1 in {module.p for module in reloaded.modules() if isinstance(module, torch.nn.Dropout)}
+
+
+def test_biases_and_norms_do_not_decay(finished):
+    _, model, _ = finished
+    decayed = set(Trainer(model=model).get_decay_parameter_names(model))
+    for name, _ in model.named_parameters():
+        assert (name in decayed) == ("bias" not in name and "norm" not in name), name
+
+
+def test_continuing_from_weights_starts_from_them(tiny, finished, tmp_path):
+    folder, _, summary = finished
+    changes = {"model_config": None, "model_name_or_path": str(folder), "learning_rate": 0.0, "max_steps": 1}
+    _, continued = pretrain(*arguments(tiny, tmp_path, **changes))
+    assert continued["validation_loss"] == pytest.approx(summary["validation_loss"], abs=1e-6)
+
+
+def test_sparse_prediction_changes_neither_weights_nor_losses(tiny, finished, tmp_path):
+    _, model, summary = finished
+    dense, other = pretrain(*arguments(tiny, tmp_path, sparse_prediction=False))
+    assert dense.config.sparse_prediction == 0.0 and model.config.sparse_prediction == 0.25
+    assert other["train_loss"] == pytest.approx(summary["train_loss"], abs=1e-4)
+    assert other["validation_loss"] == pytest.approx(summary["validation_loss"], abs=1e-4)
+
+
+def test_accumulated_batches_count_as_one_step(tiny, tmp_path):
+    parts = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 2}
+    _, summary = pretrain(*arguments(tiny, tmp_path, **parts))
+    assert summary["steps"] == 2 and summary["tokens_seen"] == 2 * 8 * 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_config": None}, "exactly one of"),
+        ({"model_name_or_path": "x"}, "exactly one of"),
+        ({"model_config": "absent.yaml"}, "absent.yaml"),
+        ({"tokenizer_name": None}, "--tokenizer_name is missing"),
+        ({"tokenizer_name": "absent-tokenizer"}, "absent-tokenizer"),
+        ({"train_file": []}, "no corpus file"),
+        ({"train_file": ["absent.txt"]}, "absent.txt"),
+        ({"validation_file": ["absent.txt"]}, "absent.txt"),
+        ({"validation_share": 2.0}, "validation_share"),
+        ({"max_eval_samples": 0}, "max_eval_samples"),
+        ({"max_seq_length": 4}, "max_seq_length"),
+        ({"max_seq_length": 64}, "max_position_embeddings 32"),
+        ({"mlm_probability": 1.5}, "mlm_probability"),
+        ({"per_device_train_batch_size": 4096}, "smaller than one batch"),
+        ({"resume_from_checkpoint": "absent-checkpoint"}, "absent-checkpoint"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_written(tiny, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        pretrain(*arguments(tiny, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_corpus_and_output_that_is_a_file_are_refused(tiny, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(ValueError, match="corpus is empty"):
+        pretrain(*arguments(tiny, tmp_path / "out", train_file=[str(tmp_path / "empty.txt")]))
+    with pytest.raises(ValueError, match="is a file"):
+        pretrain(*arguments(tiny, tmp_path / "empty.txt"))
+    (tmp_path / "short.txt").write_text("river\n")
+    with pytest.raises(ValueError, match="held-out text is shorter"):
+        pretrain(*arguments(tiny, tmp_path / "out", validation_file=[str(tmp_path / "short.txt")]))
+
+
+def test_model_recipes_are_checked_against_configuration_and_tokenizer(tiny):
+    tokenizer = load_tokenizer(tiny / "tokenizer")
+    config = model_config({"hidden_size": 12, "num_attention_heads": 1}, tokenizer, 16, sparse_prediction=0.3)
+    assert (config.vocab_size, config.pad_token_id, config.sparse_prediction) == (len(tokenizer), 0, 0.3)
+    bert = model_config({"model_type": "bert", "hidden_size": 12, "num_attention_heads": 1}, tokenizer, 16, 0.3)
+    assert bert.model_type == "bert" and not hasattr(bert, "sparse_prediction")
+    for recipe, message in [
+        ({"hiden_size": 12}, "unknown field 'hiden_size'"),
+        ({"model_type": "brt"}, "unknown model_type 'brt'"),
+        ({"vocab_size": 20}, "vocab_size 20"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"fff_depth": -1}, "fff_depth"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model_config(recipe, tokenizer, 16)
+
+
+def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(tiny, finished, tmp_path):
+    folder, _, _ = finished
+    words = [f"word{number} " * 3 for number in range(400)]
+    save_tokenizer(train_wordpiece(words, vocab_size=600), tmp_path / "large")
+    changes = {"model_config": None, "model_name_or_path": str(folder), "tokenizer_name": str(tmp_path / "large")}
+    with pytest.raises(ValueError, match="smaller than the tokenizer's"):
+        pretrain(*arguments(tiny, tmp_path / "out", **changes))

@@ -212,13 +212,8 @@ def test_the_bundle_and_the_package_compute_and_train_alike_in_one_process(first
 
 
 def imports_outside_try(tree: ast.Module) -> list[ast.Import | ast.ImportFrom]:
-    guarded = {
-        node
-        for guard in ast.walk(tree)
-        if isinstance(guard, ast.Try)
-        for part in guard.body
-        for node in ast.walk(part)
-    }
+    blocks = [block for guard in ast.walk(tree) if isinstance(guard, ast.Try) for block in guard.body]
+    guarded = {node for block in blocks for node in ast.walk(block)}
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     return [node for node in imports if node not in guarded]
 

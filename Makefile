@@ -6,14 +6,16 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint format demo clean
+.PHONY: help venv test lint format demo bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 venv: $(VENV)/.installed ## make .venv with the package, editable, and what its tests need
 
-$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+KERNEL_SOURCES := setup.py $(wildcard fastbert_hf/kernels/native/build.py fastbert_hf/kernels/native/csrc/*)
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt $(KERNEL_SOURCES)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
@@ -33,6 +35,9 @@ format: venv ## apply style
 
 demo: venv ## pretrain, fine-tune and use a small FastBERT from text this machine has, in minutes, offline
 	$(BIN)/python scripts/demo.py
+
+bench: venv ## measure this machine in three minutes; scripts/benchmark.py --help has the rest
+	$(BIN)/python scripts/benchmark.py --quick
 
 clean: ## remove the environment and build products
 	rm -rf $(VENV) build *.egg-info

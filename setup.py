@@ -43,6 +43,9 @@ class build_native(build_ext):
 
 setup(
     ext_modules=[Extension("fastbert_hf.kernels.native.libfff", sources=SOURCES, optional=True)],
-    package_data={"fastbert_hf.kernels.native": ["csrc/*", "build_failure.txt"]},
+    package_data={
+        "fastbert_hf.benchmarks": ["*.cpp"],
+        "fastbert_hf.kernels.native": ["csrc/*", "build_failure.txt"],
+    },
     cmdclass={"build_ext": build_native},
 )

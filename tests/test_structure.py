@@ -20,6 +20,7 @@ LEVELS = [
     ("__init__",),
     ("data",),
     ("training",),
+    ("benchmarks",),
 ]
 # files that travel to the Hub beside the weights, with torch and transformers alone
 BUNDLE = [

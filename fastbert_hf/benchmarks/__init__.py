@@ -1,0 +1,1 @@
+"""Measurements that can be repeated: every candidate beside its baseline, checked, interleaved, in one run."""

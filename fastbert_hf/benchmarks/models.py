@@ -1,0 +1,215 @@
+"""Whole models: FastBERT against its dense twin, against no feed-forward at all, and against what people use."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastbert_hf import FastBertConfig, FastBertForMaskedLM, FastBertModel, use_backend
+from fastbert_hf.benchmarks import forms
+from fastbert_hf.benchmarks.layer import verdict
+from fastbert_hf.benchmarks.rows import Row, make_rows
+from fastbert_hf.benchmarks.timing import interleaved
+from fastbert_hf.fff_layer import FastFeedForward
+
+BERT_BASE = {"vocab_size": 30522, "hidden_size": 768, "num_attention_heads": 12, "max_position_embeddings": 512}
+
+
+class NoFeedForward(nn.Module):
+    """The bound: a feed-forward layer that takes no time."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+
+class DenseAndMask(nn.Module):
+    """What the published model computes in place of the walk, on the same parameters."""
+
+    def __init__(self, layer: FastFeedForward):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        layer = self.layer
+        y = forms.dense_and_mask(
+            hidden.flatten(0, -2), layer.weight_in, layer.bias_in, layer.weight_out, layer.trees, layer.depth
+        )
+        return y.view_as(hidden)
+
+
+def with_feed_forward(model: nn.Module, replace: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """The model with every layer's feed-forward block replaced."""
+    for layer in model.base_model.layers:
+        layer.ffn = replace(layer.ffn)
+    return model
+
+
+def _twins(model_class: type, layers: int) -> dict[str, nn.Module]:
+    """The published geometry and its relatives: the same everything, another feed-forward block."""
+
+    def build(**fields):
+        torch.manual_seed(0)
+        return model_class(FastBertConfig(num_hidden_layers=layers, **fields))
+
+    return {
+        "FastBERT": build(),
+        "dense twin 4095": build(ffn_type="dense", intermediate_size=4095),
+        "dense twin 4096": build(ffn_type="dense", intermediate_size=4096),
+        "no feed-forward": with_feed_forward(build(), lambda ffn: NoFeedForward()),
+    }
+
+
+def inference_rows(batch: int, tokens: int, threads: int, rounds: int = 5, layers: int = 16) -> list[Row]:
+    """A forward pass of the bare encoder, batch x tokens, float32; the baseline is the faster dense twin."""
+    torch.set_num_threads(threads)
+    models = {name: model.eval() for name, model in _twins(FastBertModel, layers).items()}
+    ids = torch.randint(1, 32768, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        entries = {f"{name} (module call)": (lambda m=model: m(ids)) for name, model in models.items()}
+        value = models["FastBERT"](ids).last_hidden_state
+        with use_backend("reference"):
+            expected = models["FastBERT"](ids).last_hidden_state
+        matches = {"FastBERT (module call)": _near_everywhere(value, expected)}
+        timings = interleaved(entries, rounds, least_seconds=0.1)
+    baseline = min((n for n in timings if n.startswith("dense")), key=lambda n: timings[n].median)
+    return make_rows(
+        timings,
+        baseline,
+        matches,
+        section="whole encoder, inference",
+        case=f"{layers} layers, {batch} x {tokens}",
+        tokens=batch * tokens,
+        threads=threads,
+        dtype="float32",
+        inputs="random ids",
+    )
+
+
+def _near_everywhere(value: torch.Tensor, expected: torch.Tensor) -> str:
+    """As `verdict` on the tokens whose path no rounding changed; says how many did."""
+    per_token = (value - expected).abs().amax(dim=-1) / expected.abs().amax()
+    flipped = per_token > 2e-5
+    note = f", {int(flipped.sum())} of {flipped.numel()} tokens took another path" if flipped.any() else ""
+    return verdict(value[~flipped], expected[~flipped]) + note
+
+
+def training_rows(batch: int, tokens: int, threads: int, rounds: int = 3, layers: int = 16) -> list[Row]:
+    """A whole training step: MLM loss on a quarter of the positions, backward, AdamW; against dense-and-mask."""
+    torch.set_num_threads(threads)
+    models = _twins(FastBertForMaskedLM, layers)
+    torch.manual_seed(0)
+    masked = FastBertForMaskedLM(FastBertConfig(num_hidden_layers=layers))
+    models["dense-and-mask"] = with_feed_forward(masked, DenseAndMask)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 32768, (batch, tokens), generator=generator)
+    labels = torch.full_like(ids, -100).flatten()
+    labels[torch.randperm(ids.numel(), generator=generator)[: ids.numel() // 4]] = 7
+    labels = labels.view_as(ids)
+    entries, losses = {}, {}
+    for name, model in models.items():
+        for module in model.modules():  # as in pretraining: no dropout
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            elif isinstance(getattr(module, "dropout", None), float):
+                module.dropout = 0.0
+        with torch.no_grad():
+            losses[name] = model.train()(ids, labels=labels).loss
+        entries[f"{name} (training step)"] = _training_step(model, ids, labels)
+    matches = {"FastBERT (training step)": "loss " + verdict(losses["FastBERT"], losses["dense-and-mask"])}
+    timings = interleaved(entries, rounds, least_seconds=0.1)
+    return make_rows(
+        timings,
+        "dense-and-mask (training step)",
+        matches,
+        section="training step",
+        case=f"{layers} layers, {batch} x {tokens}",
+        tokens=batch * tokens,
+        threads=threads,
+        dtype="float32",
+        inputs="random ids",
+    )
+
+
+def _training_step(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step() -> None:
+        model(ids, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def alternatives_rows(batch: int, tokens: int, threads: int, rounds: int = 5) -> list[Row]:
+    """FastBERT at BERT-base's depth beside what a user would pick for a fast encoder on a CPU, random weights.
+
+    DistilBERT's shape in torch; BERT-base in torch and, where onnxruntime is installed, as ONNX in float32 and
+    dynamically quantised to int8.
+    """
+    from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    bert = BertModel(BertConfig(**BERT_BASE), add_pooling_layer=False).eval()
+    distilbert = DistilBertModel(DistilBertConfig(vocab_size=30522)).eval()
+    geometry = {
+        "norm_scheme": "post",
+        "use_bias": True,
+        "type_vocab_size": 2,
+        "position_embedding_type": "absolute",
+        "final_norm": False,
+    }
+    fastbert = FastBertModel(FastBertConfig(**BERT_BASE, **geometry, num_hidden_layers=12)).eval()
+    ids = torch.randint(1, 30522, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    entries = {
+        "BERT-base, torch (module call)": lambda: bert(ids, mask),
+        "DistilBERT, torch (module call)": lambda: distilbert(ids, mask),
+        "FastBERT 12 layers (module call)": lambda: fastbert(ids, mask),
+    }
+    matches = {}
+    with torch.inference_mode():
+        expected = bert(ids, mask).last_hidden_state
+        for name, run in _onnx_sessions(bert, ids, mask, threads).items():
+            entries[name] = run
+            difference = (torch.from_numpy(run()[0]) - expected).abs().max().item()
+            matches[name] = f"max difference to torch {difference:.1g}"
+        timings = interleaved(entries, rounds, least_seconds=0.1)
+    return make_rows(
+        timings,
+        "BERT-base, torch (module call)",
+        matches,
+        section="whole encoder against alternatives",
+        case=f"12 layers, {batch} x {tokens}",
+        tokens=batch * tokens,
+        threads=threads,
+        dtype="float32",
+        inputs="random ids",
+    )
+
+
+def _onnx_sessions(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, threads: int) -> dict[str, Callable]:
+    """BERT-base under ONNX Runtime, float32 and dynamic int8; nothing where onnxruntime is not installed."""
+    try:
+        import onnxruntime
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+    except ImportError:
+        return {}
+    sessions = {}
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    feed = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+    with tempfile.TemporaryDirectory(prefix="fastbert-onnx-") as folder:
+        exact, quantised = Path(folder) / "bert.onnx", Path(folder) / "bert-int8.onnx"
+        torch.onnx.export(
+            model, (ids, mask), str(exact), dynamo=True, input_names=list(feed), external_data=True, verbose=False
+        )
+        quantize_dynamic(str(exact), str(quantised), weight_type=QuantType.QInt8)
+        for title, path in (("float32", exact), ("int8", quantised)):
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            sessions[f"BERT-base, ONNX Runtime {title} (session run)"] = lambda s=session: s.run(None, feed)
+    return sessions

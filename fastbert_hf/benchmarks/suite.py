@@ -1,0 +1,200 @@
+"""The sections of the benchmark, in order, and the report they end in."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from fastbert_hf.benchmarks import layer, models
+from fastbert_hf.benchmarks.plots import plot_speedup_against_depth, plot_time_per_token
+from fastbert_hf.benchmarks.rows import Row, format_table
+from fastbert_hf.fff_layer import FastFeedForward
+
+PAPER_GRID = [(3072, 0), (1536, 1), (512, 2), (256, 3), (128, 4), (64, 5), (32, 6), (16, 7), (8, 8), (4, 9), (2, 10)]
+
+
+@dataclass
+class Options:
+    """What to run.
+
+    Args:
+        threads: thread counts. sections: names out of `SECTIONS`. quick: the version of three minutes.
+        trained_model, text: a folder with a FastBERT and its tokenizer, and a text file: adds the paths of real text.
+    """
+
+    threads: list[int]
+    sections: list[str]
+    quick: bool = False
+    trained_model: str | None = None
+    text: str | None = None
+
+    @property
+    def rounds(self) -> int:
+        return 5 if self.quick else 9
+
+
+def forward_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
+    sizes = (1, 128, 2048) if options.quick else (1, 4, 16, 64, 128, 512, 1024, 2048, 4096, 16384)
+    for threads in options.threads:
+        for tokens in sizes:
+            yield layer.forward_rows(
+                tokens, threads, ceilings[threads], rounds=options.rounds, compile_dense=not options.quick
+            )
+
+
+def bfloat16_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
+    for threads in options.threads:
+        for tokens in (2048,) if options.quick else (1, 128, 2048, 16384):
+            for dtype in (torch.float32, torch.bfloat16):
+                yield layer.forward_rows(
+                    tokens,
+                    threads,
+                    ceilings[threads],
+                    dtype=dtype,
+                    section="bfloat16",
+                    rounds=options.rounds,
+                    compile_dense=False,
+                )
+
+
+def paths_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
+    tokens = 2048
+    for threads in options.threads:
+        for kind in ("balanced", "one path"):
+            yield layer.forward_rows(
+                tokens,
+                threads,
+                ceilings[threads],
+                kind=kind,
+                section="paths",
+                rounds=options.rounds,
+                compile_dense=False,
+            )
+        if options.trained_model and options.text:
+            problem = trained_problem(options.trained_model, options.text, tokens)
+            yield layer.forward_rows(
+                problem.x.shape[0],
+                threads,
+                ceilings[threads],
+                kind=f"text, trained model, H={problem.x.shape[1]}",
+                section="paths",
+                rounds=options.rounds,
+                compile_dense=False,
+                problem=problem,
+            )
+
+
+def trained_problem(folder: str, text: str, tokens: int) -> layer.LayerProblem:
+    """The middle layer of a trained model and what real text feeds it."""
+    model = AutoModelForMaskedLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    length = model.config.max_position_embeddings
+    ids = tokenizer(Path(text).read_text(encoding="utf-8")[: 40 * tokens], add_special_tokens=False)["input_ids"]
+    ids = torch.tensor(ids[: min(tokens, len(ids)) // length * length]).view(-1, length)
+    ffn = model.base_model.layers[model.config.num_hidden_layers // 2].ffn
+    assert isinstance(ffn, FastFeedForward)
+    seen: list[torch.Tensor] = []
+    with torch.inference_mode():
+        ffn.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+        model(ids)
+    return layer.LayerProblem(ffn, seen[0].flatten(0, 1).clone())
+
+
+def depth_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
+    for threads in options.threads:
+        for depth in (3, 7, 11) if options.quick else range(2, 13):
+            yield layer.forward_rows(
+                2048,
+                threads,
+                ceilings[threads],
+                depth=depth,
+                section="depth",
+                rounds=options.rounds,
+                compile_dense=False,
+            )
+
+
+def grid_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
+    for threads in options.threads:
+        for trees, depth in [*PAPER_GRID, (1, 11)]:
+            yield layer.forward_rows(
+                256,
+                threads,
+                ceilings[threads],
+                depth=depth,
+                trees=trees,
+                section="grid",
+                rounds=3,
+                compile_dense=False,
+            )
+
+
+def training_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
+    for threads in options.threads:
+        for tokens in (1024,) if options.quick else (128, 1024, 4096):
+            yield layer.training_rows(tokens, threads, rounds=3 if options.quick else 5)
+
+
+def models_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
+    for threads in options.threads:
+        for batch in (1, 8) if options.quick else (1, 8, 32):
+            yield models.inference_rows(batch, 128, threads, rounds=3 if options.quick else 5)
+
+
+def model_training_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
+    threads = max(options.threads)
+    for batch in (1,) if options.quick else (1, 32):
+        yield models.training_rows(batch, 128, threads, rounds=1 if options.quick else 3)
+
+
+def alternatives_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
+    for threads in options.threads:
+        for batch in (1,) if options.quick else (1, 8):
+            yield models.alternatives_rows(batch, 128, threads)
+
+
+SECTIONS: dict[str, Callable[[Options, dict], Iterator[list[Row]]]] = {
+    "forward": forward_section,
+    "bfloat16": bfloat16_section,
+    "paths": paths_section,
+    "depth": depth_section,
+    "grid": grid_section,
+    "training": training_section,
+    "models": models_section,
+    "model-training": model_training_section,
+    "alternatives": alternatives_section,
+}
+QUICK_SECTIONS = ["forward", "bfloat16", "training", "models"]
+
+
+def run(options: Options, machine: dict, report: Callable[[str], None]) -> list[Row]:
+    """Run the sections, reporting every group of rows as soon as it is measured."""
+    ceilings = {int(threads): values for threads, values in machine["ceilings"].items()}
+    rows: list[Row] = []
+    for name in options.sections:
+        report(f"\n## {name}\n")
+        for group in SECTIONS[name](options, ceilings):
+            rows += group
+            report(format_table(group))
+            if any(row.busy for row in group):
+                report("warning: other processes kept this machine busy; rows marked (busy) are not to be quoted")
+    return rows
+
+
+def write_report(rows: list[Row], machine: dict, folder: Path) -> None:
+    """results.json, a Markdown table and the plots, written to temporary names and renamed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = json.dumps({"machine": machine, "rows": [row.as_dict() for row in rows]}, indent=1)
+    for name, text in (("results.json", content), ("results.md", format_table(rows) + "\n")):
+        temporary = folder / f".{name}"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(folder / name)
+    for name, plot, section in (
+        ("time-per-token.png", plot_time_per_token, "forward"),
+        ("speedup-depth.png", plot_speedup_against_depth, "depth"),
+    ):
+        if any(row.section == section for row in rows):
+            plot(rows, folder / name)

@@ -1,0 +1,110 @@
+"""Interleaved timing: candidates take turns, so that a drift of the machine's speed meets all of them."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BUSY_SHARE = 0.1  # of the machine's processor time taken by others while a round was measured
+
+
+@dataclass
+class Timing:
+    """Seconds per call of one entry, one value a round, and what other processes took of the machine meanwhile."""
+
+    seconds: list[float] = field(default_factory=list)
+    busy_shares: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, relative to the median."""
+        if len(self.seconds) < 3:
+            return (max(self.seconds) - min(self.seconds)) / 2 / self.median
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.median
+
+    @property
+    def busy(self) -> bool:
+        """Whether others took more than `BUSY_SHARE` of the machine in the median round."""
+        return statistics.median(self.busy_shares) > BUSY_SHARE
+
+
+def _processor_seconds() -> tuple[float, float]:
+    """Seconds all processors were busy or stolen since boot, and seconds this process used; (0, 0) off Linux."""
+    try:
+        fields = [int(v) for v in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    except (OSError, ValueError):
+        return 0.0, 0.0
+    user, nice, system, _idle, _iowait, irq, softirq, steal = fields
+    ticks = os.sysconf("SC_CLK_TCK")
+    used = os.times()
+    return (user + nice + system + irq + softirq + steal) / ticks, used.user + used.system
+
+
+class BusyMeter:
+    """The share of the machine that other processes take between `start` and `stop`, counted in clock ticks."""
+
+    def start(self) -> None:
+        self.wall, (self.all, self.own) = time.perf_counter(), _processor_seconds()
+
+    def stop(self) -> float:
+        elapsed, (everyone, own) = time.perf_counter() - self.wall, _processor_seconds()
+        others = (everyone - self.all) - (own - self.own)
+        ticks_resolution = 2 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.02
+        available = elapsed * (os.cpu_count() or 1)
+        return max(0.0, others - ticks_resolution) / max(available, ticks_resolution)
+
+
+def _calls_for(call: Callable[[], object], least_seconds: float) -> int:
+    """How many calls fill `least_seconds`; also the warm-up."""
+    calls = 1
+    while True:
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        elapsed = time.perf_counter() - start
+        if elapsed >= least_seconds / 2 or calls >= 1 << 20:
+            return max(1, min(1 << 20, round(calls * least_seconds / max(elapsed, 1e-9))))
+        calls *= 2
+
+
+def interleaved(
+    entries: dict[str, Callable[[], object]],
+    rounds: int = 7,
+    least_seconds: float = 0.02,
+    around: dict[str, Callable[[], AbstractContextManager]] | None = None,
+) -> dict[str, Timing]:
+    """Time every entry `rounds` times, in turns.
+
+    Args:
+        entries: calls without arguments, by name.
+        rounds: samples an entry gets. least_seconds: length of one sample; short calls are repeated to fill it.
+        around: context managers entered, untimed, around the samples of the entries they are named for.
+    Returns: a `Timing` an entry, in seconds per call.
+    """
+    around = {name: (around or {}).get(name, nullcontext) for name in entries}
+    calls = {}
+    for name, call in entries.items():
+        with around[name]():
+            calls[name] = _calls_for(call, least_seconds)
+    timings = {name: Timing() for name in entries}
+    meter = BusyMeter()
+    for _ in range(rounds):
+        meter.start()
+        for name, call in entries.items():
+            with around[name]():
+                start = time.perf_counter()
+                for _ in range(calls[name]):
+                    call()
+                timings[name].seconds.append((time.perf_counter() - start) / calls[name])
+        share = meter.stop()
+        for timing in timings.values():
+            timing.busy_shares.append(share)
+    return timings

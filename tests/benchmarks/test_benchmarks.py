@@ -1,0 +1,135 @@
+"""The benchmark's forms are right, its checks can fail, its report is complete. No test asserts a time."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from fastbert_hf import FastFeedForward
+from fastbert_hf.benchmarks import forms, layer, models
+from fastbert_hf.benchmarks.levels import NAMES, compile_levels, level_form
+from fastbert_hf.benchmarks.rows import format_table
+from fastbert_hf.benchmarks.suite import Options, run, trained_problem, write_report
+from fastbert_hf.benchmarks.timing import BusyMeter, Timing, interleaved
+from tests import oracle
+
+CEILINGS = {"bytes_per_second": 1e10, "flops_per_second": 1e11}
+
+
+@pytest.fixture(autouse=True)
+def keep_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def small_layer(trees=1, depth=4):
+    torch.manual_seed(0)
+    ffn = FastFeedForward(32, 32, depth, trees, initializer_range=0.5)
+    torch.nn.init.normal_(ffn.bias_in)
+    x = torch.randn(20, 32)
+    expected, _ = oracle.dense_and_mask(x, ffn.weight_in, ffn.bias_in, ffn.weight_out, trees)
+    return ffn, x, expected.detach()
+
+
+@pytest.mark.parametrize("trees", [1, 3])
+def test_dense_and_mask_form_is_the_oracle_with_gradients(trees):
+    ffn, x, expected = small_layer(trees)
+    y = forms.dense_and_mask(x, ffn.weight_in, ffn.bias_in, ffn.weight_out, trees, 4)
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-5)
+    y.sum().backward()
+    gradient = ffn.weight_in.grad.clone()
+    ffn.zero_grad()
+    ffn(x).sum().backward()
+    torch.testing.assert_close(ffn.weight_in.grad, gradient, atol=1e-4, rtol=1e-4)
+
+
+def test_the_papers_forms_are_right():
+    ffn, x, expected = small_layer()
+    weights = (ffn.weight_in.detach(), ffn.bias_in.detach(), ffn.weight_out.detach())
+    torch.testing.assert_close(forms.fff_bmm(x, *weights, 4), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(forms.dense_bmm(x, *weights), forms.dense(x, *weights), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+def test_the_level_forms_are_right():
+    ffn, x, expected = small_layer()
+    weights = (ffn.weight_in.detach(), ffn.bias_in.detach(), ffn.weight_out.detach())
+    library = compile_levels()
+    dense = forms.dense(x, *weights)
+    for name in NAMES:
+        y = level_form(library, name)(x, *weights, torch.full((20, 32), float("nan")))
+        torch.testing.assert_close(y, dense if name.startswith("dense") else expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_forward_rows_check_every_entry(tokens):
+    rows = layer.forward_rows(tokens, 1, CEILINGS, depth=2, rounds=1, compile_dense=False)
+    entries = {row.entry for row in rows}
+    assert {"dense 7 eager", "dense 8 eager", "FFF BMM", "reference"} <= entries
+    assert all(row.match.startswith("ok") for row in rows)
+    baseline = [row for row in rows if row.entry == row.baseline]
+    assert len(baseline) == 1 and baseline[0].speedup == 1.0
+    assert all(row.speedup <= 1 for row in rows if row.entry in ("dense 7 eager", "dense 8 eager"))
+
+
+def test_training_rows_check_every_gradient():
+    rows = layer.training_rows(6, 1, rounds=1, depth=2, trees=2)
+    assert {"dense-and-mask", "dense", "reference"} <= {row.entry for row in rows}
+    assert all(row.match.startswith("ok") for row in rows if row.entry != "dense")
+
+
+def test_a_wrong_result_is_a_mismatch():
+    problem = layer.LayerProblem(layer.make_layer(depth=3), layer.make_inputs(8))
+    assert problem.match(problem.y).startswith("ok")
+    wrong = problem.y.clone()
+    wrong[int(problem.clear.nonzero()[0]), 5] += 1
+    assert problem.match(wrong).startswith("MISMATCH")
+    assert layer.verdict(torch.full((2, 2), float("nan")), torch.ones(2, 2)).startswith("MISMATCH")
+
+
+def test_one_path_inputs_take_one_path_and_balanced_ones_spread():
+    ffn = layer.make_layer(depth=6)
+    one, balanced = (ffn.route(layer.make_inputs(512, kind))[:, 0, -1] for kind in ("one path", "balanced"))
+    assert one.unique().numel() == 1 and balanced.unique().numel() > 60
+
+
+def test_whole_models_run_beside_their_bounds():
+    inference = models.inference_rows(1, 8, 1, rounds=1, layers=1)
+    assert {"FastBERT", "dense twin 4095", "no feed-forward"} <= {row.entry for row in inference}
+    training = models.training_rows(2, 8, 1, rounds=1, layers=1)
+    assert {row.entry for row in training if row.match} == {"FastBERT"}
+    assert all("MISMATCH" not in row.match for row in inference + training)
+
+
+def test_timing_takes_medians_in_turns():
+    order = []
+    timings = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, least_seconds=1e-6)
+    assert len(timings["a"].seconds) == 3 and timings["a"].median > 0
+    measured = "".join(order[-6:]) if len(order) < 20 else "".join(order)
+    assert "ab" in measured and "ba" in measured
+    assert Timing([1.0, 2.0, 9.0], [0.0, 0.0, 0.9]).median == 2.0
+    assert not Timing([1.0], [0.0]).busy and Timing([1.0], [0.5]).busy
+
+
+def test_the_busy_meter_does_not_count_ourselves():
+    meter = BusyMeter()
+    meter.start()
+    sum(i * i for i in range(2_000_000))
+    assert 0 <= meter.stop() <= 1.5
+
+
+def test_the_report_holds_rows_machine_and_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    options = Options(threads=[1], sections=["forward"], quick=True)
+    rows = layer.forward_rows(4, 1, CEILINGS, depth=2, rounds=1, compile_dense=False)
+    rows += layer.forward_rows(4, 1, CEILINGS, depth=2, rounds=1, compile_dense=False, section="depth")
+    write_report(rows, {"processor": "test"}, tmp_path)
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["machine"]["processor"] == "test" and len(written["rows"]) == len(rows)
+    assert {"median_ms", "spread", "speedup", "match", "us_per_token"} <= set(written["rows"][0])
+    assert format_table(rows) in (tmp_path / "results.md").read_text()
+    for plot in ("time-per-token.png", "speedup-depth.png"):
+        assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
+    assert options.rounds == 5 and callable(run) and callable(trained_problem)

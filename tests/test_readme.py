@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jinja2
@@ -53,10 +55,23 @@ def test_readme_commands_exist():
     assert targets[:2] == ["demo", "test"]
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
-    for script in re.findall(r"scripts/\w+\.py", commands):
-        assert (ROOT / script).exists(), script
+    assert "scripts/run_glue.py" in commands and "scripts/benchmark.py" in commands
     for config in re.findall(r"configs/[\w/.-]+\.yaml", commands):
         assert (ROOT / config).exists(), config
+
+
+def script_commands() -> list[str]:
+    commands = "\n".join(blocks("README.md", "bash")).replace("\\\n", " ")
+    return [line.partition("#")[0] for line in commands.splitlines() if line.startswith("python scripts/")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", script_commands())
+def test_readme_options_exist(command):
+    _, script, *words = command.split()
+    result = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
+    known = set(re.findall(r"--\w+", result.stdout))
+    assert {word for word in words if word.startswith("--")} <= known
 
 
 def test_the_model_card_renders_without_what_is_not_known():

@@ -22,17 +22,20 @@ AUTO_MAP = {
 
 
 def _raise_value_errors(cls: type) -> type:
-    """Make construction raise ValueError where the strict dataclass raises errors of its own family."""
-    strict_init = cls.__init__
+    """Make construction and assignment raise ValueError where strict dataclasses have errors of their own."""
 
-    @wraps(strict_init)
-    def __init__(self, **kwargs):
-        try:
-            strict_init(self, **kwargs)
-        except StrictDataclassError as error:
-            raise ValueError(str(error)) from error
+    def translated(method):
+        @wraps(method)
+        def wrapper(self, *args, **kwargs):
+            try:
+                return method(self, *args, **kwargs)
+            except StrictDataclassError as error:
+                raise ValueError(str(error)) from error
 
-    cls.__init__ = __init__
+        return wrapper
+
+    cls.__init__ = translated(cls.__init__)
+    cls.__setattr__ = translated(cls.__setattr__)
     return cls
 
 

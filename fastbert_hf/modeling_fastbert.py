@@ -44,6 +44,11 @@ class FastBertPreTrainedModel(PreTrainedModel):
     # tensors of the heads: absent from, or superfluous in, a checkpoint of another head
     _head_prefixes = ("mlm_head.", "pooler.", "classifier.", "qa_outputs.")
 
+    def __init__(self, config: FastBertConfig, *args, **kwargs):
+        config.validate_ranges()  # again: values may have been assigned since the configuration was made
+        config.validate_combinations()
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastbert_hf import FastBertConfig
+from fastbert_hf import FastBertConfig, FastBertModel
 
 
 def test_defaults_are_the_published_model():
@@ -35,6 +35,16 @@ def test_defaults_are_the_published_model():
 def test_wrong_values_raise_a_value_error_that_names_value_and_range(fields, message):
     with pytest.raises(ValueError, match=message):
         FastBertConfig(**fields)
+
+
+def test_values_assigned_later_are_checked_before_a_model_is_built(tmp_path):
+    config = FastBertConfig(num_hidden_layers=1)
+    with pytest.raises(ValueError, match="expected int, got str"):
+        config.fff_depth = "deep"
+    FastBertConfig().save_pretrained(tmp_path)
+    config = FastBertConfig.from_pretrained(tmp_path, fff_trees=0)
+    with pytest.raises(ValueError, match="fff_trees is 0; expected at least 1"):
+        FastBertModel(config)
 
 
 def test_a_stored_configuration_is_checked_and_round_trips(tmp_path):

@@ -48,7 +48,7 @@ static Status forward_few(const Shape& s, const ForwardTensors& tensors) {
     activate(s.activation, logits, coefficients, visits);
     typename E::type* y = (typename E::type*)tensors.y + i * s.out_width;
     const SumRows<E> sum = {rows, visits, &coefficients, nullptr, &y, true, true};
-    sum_rows<E, 1, kPairs1>(sum, s.out_width);
+    sum_rows<E, 1, kPairs1>(sum, 0, s.out_width);
   }
   return kDone;
 }

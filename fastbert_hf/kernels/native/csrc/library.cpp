@@ -3,6 +3,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "common.h"
 
@@ -70,6 +71,18 @@ __attribute__((constructor)) void initialise() {
   for (const Kernels* kernels : known)
     if (!chosen && runs_here(kernels)) chosen = kernels;
   pthread_atfork(nullptr, nullptr, forget_threads);
+}
+
+// Asks for huge pages where the kernels are about to write a large buffer. Allocators hand such buffers out fresh
+// from the system, and taking 50 MB in pages of 4 kB costs several times what the kernels do.
+void expect_writes(void* buffer, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t page = 2 << 20, first = ((uintptr_t)buffer + page - 1) / page * page;
+  const uintptr_t last = ((uintptr_t)buffer + bytes) / page * page;
+  if (buffer && bytes >= 4 << 20 && first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
+#else
+  (void)buffer, (void)bytes;
+#endif
 }
 
 bool in_range(const Shape& s, int dtype) {
@@ -146,6 +159,8 @@ FFF_API int fff_forward(const void* x, const void* weight_in, const void* bias_i
                         int64_t trees, int depth, int activation, int dtype, int threads) {
   const fff::Shape shape = {num_rows, in_width, out_width, trees, depth, activation, threads};
   if (!fff::in_range(shape, dtype)) return fff::kBadArgument;
+  const int64_t size = dtype == 0 ? 4 : 2;
+  fff::expect_writes(y, num_rows * out_width * size);
   return fff::chosen->forward[dtype](shape, {x, weight_in, bias_in, weight_out, y, visited, logits});
 }
 
@@ -155,6 +170,10 @@ FFF_API int fff_backward(const void* grad_y, const void* x, const void* weight_i
                          int64_t out_width, int64_t trees, int depth, int activation, int dtype, int threads) {
   const fff::Shape shape = {num_rows, in_width, out_width, trees, depth, activation, threads};
   if (!fff::in_range(shape, dtype)) return fff::kBadArgument;
+  const int64_t size = dtype == 0 ? 4 : 2, nodes = shape.trees * shape.nodes();
+  fff::expect_writes(grad_x, num_rows * in_width * size);
+  fff::expect_writes(grad_weight_in, nodes * in_width * size);
+  fff::expect_writes(grad_weight_out, nodes * out_width * size);
   return fff::chosen->backward[dtype](shape, {grad_y, x, weight_in, weight_out, visited, logits, grad_x,
                                               grad_weight_in, grad_bias_in, grad_weight_out});
 }

@@ -8,6 +8,9 @@ namespace fff {
 namespace FFF_ISA {
 
 constexpr int kSumBlock = 128;  // rows of one task
+// Columns of one pass over those rows: a path's share of them stays in the first-level cache, so that neighbours read
+// from there what they have in common.
+constexpr int64_t kSumColumns = 256;
 
 template <class E>
 struct PathSum {
@@ -52,10 +55,10 @@ struct SumScratch {
   float* wide;  // kSumBlock rows, for several trees only
 };
 
-// Sums rows[0 .. count) of x, all at the leaf of s.rows, a few at a time.
+// Sums columns [begin, end) of rows[0 .. count), all at the leaf of s.rows, a few at a time.
 template <class E>
 static void sum_leaf(const PathSum<E>& p, SumRows<E> s, int64_t tree, const int32_t* rows, float* const* wide,
-                     int count) {
+                     int count, int64_t begin, int64_t end) {
   const float* coefficients[4];
   typename E::type* y[4];
   s.coefficients = coefficients;
@@ -68,36 +71,47 @@ static void sum_leaf(const PathSum<E>& p, SumRows<E> s, int64_t tree, const int3
     }
     s.wide = wide + i;
     if (size == 4)
-      sum_rows<E, 4, kPairs4>(s, p.width);
+      sum_rows<E, 4, kPairs4>(s, begin, end);
     else if (size == 2)
-      sum_rows<E, 2, kPairs2>(s, p.width);
+      sum_rows<E, 2, kPairs2>(s, begin, end);
     else
-      sum_rows<E, 1, kPairs1>(s, p.width);
+      sum_rows<E, 1, kPairs1>(s, begin, end);
     i += size;
   }
+}
+
+// Asks for columns [begin, end) of the weight rows on the path to `leaf` that the path to `before` does not have.
+template <class E>
+FFF_INLINE void prefetch_path(const PathSum<E>& p, int64_t tree, uint32_t leaf, uint32_t before, int64_t begin,
+                              int64_t end) {
+  for (int64_t level = first_difference(leaf, before, p.depth); level < p.levels; ++level)
+    prefetch_row(p.weight + (tree * p.nodes + node_on_path(leaf, p.depth, level)) * p.width + begin,
+                 (end - begin) * (int64_t)sizeof(typename E::type));
 }
 
 // One tree for `count` rows sorted by leaf; wide[i] belongs to rows[i].
 template <class E>
 static void sum_sorted(const PathSum<E>& p, const SumScratch<E>& scratch, int64_t tree, const int32_t* rows,
                        float* const* wide, int count) {
-  SumRows<E> s = {scratch.path, p.levels, nullptr, nullptr, nullptr, tree == 0, tree == p.trees - 1};
-  uint32_t leaf = 0;
-  int64_t changed = 0;
-  for (int begin = 0, end; begin < count; begin = end) {
-    const uint32_t previous = leaf;
-    leaf = p.leaves[rows[begin] * p.trees + tree];
-    if (begin > 0) changed = first_difference(leaf, previous, p.depth);
-    fill_path(p, tree, leaf, changed, scratch.path);
-    end = begin + 1;
-    while (end < count && p.leaves[rows[end] * p.trees + tree] == leaf) ++end;
-    if (end < count) {  // fetch what the next leaf does not share
-      const uint32_t next = p.leaves[rows[end] * p.trees + tree];
-      for (int64_t level = first_difference(next, leaf, p.depth); level < p.levels; ++level)
-        prefetch_row(p.weight + (tree * p.nodes + node_on_path(next, p.depth, level)) * p.width,
-                     p.width * (int64_t)sizeof(typename E::type));
+  const SumRows<E> s = {scratch.path, p.levels, nullptr, nullptr, nullptr, tree == 0, tree == p.trees - 1};
+  int starts[kSumBlock + 1], num_runs = 0;  // runs of rows at one leaf
+  uint32_t leaves[kSumBlock];
+  for (int i = 0; i < count; ++i) {
+    const uint32_t leaf = p.leaves[rows[i] * p.trees + tree];
+    if (num_runs > 0 && leaf == leaves[num_runs - 1]) continue;
+    starts[num_runs] = i;
+    leaves[num_runs++] = leaf;
+  }
+  starts[num_runs] = count;
+  for (int64_t begin = 0; begin < p.width; begin += kSumColumns) {
+    const int64_t end = min64(p.width, begin + kSumColumns);
+    if (num_runs > 1) prefetch_path(p, tree, leaves[1], leaves[0], begin, end);
+    for (int r = 0; r < num_runs; ++r) {
+      const int64_t changed = r == 0 ? 0 : first_difference(leaves[r], leaves[r - 1], p.depth);
+      fill_path(p, tree, leaves[r], changed, scratch.path);
+      if (r + kAhead < num_runs) prefetch_path(p, tree, leaves[r + kAhead], leaves[r + kAhead - 1], begin, end);
+      sum_leaf(p, s, tree, rows + starts[r], wide + starts[r], starts[r + 1] - starts[r], begin, end);
     }
-    sum_leaf(p, s, tree, rows + begin, wide + begin, end - begin);
   }
 }
 

@@ -156,12 +156,13 @@ FFF_INLINE void sum_tile(const SumRows<E>& s, int64_t column, int n) {
     }
 }
 
+// columns [begin, end) of T rows
 template <class E, int T, int C>
-static __attribute__((noinline)) void sum_rows(const SumRows<E>& s, int64_t width) {
-  int64_t column = 0;
-  for (; column + C * kPair <= width; column += C * kPair) sum_tile<E, T, C, false>(s, column, kPair);
-  for (; column + kPair <= width; column += kPair) sum_tile<E, T, 1, false>(s, column, kPair);
-  if (column < width) sum_tile<E, T, 1, true>(s, column, (int)(width - column));
+static __attribute__((noinline)) void sum_rows(const SumRows<E>& s, int64_t begin, int64_t end) {
+  int64_t column = begin;
+  for (; column + C * kPair <= end; column += C * kPair) sum_tile<E, T, C, false>(s, column, kPair);
+  for (; column + kPair <= end; column += kPair) sum_tile<E, T, 1, false>(s, column, kPair);
+  if (column < end) sum_tile<E, T, 1, true>(s, column, (int)(end - column));
 }
 
 }  // namespace FFF_ISA

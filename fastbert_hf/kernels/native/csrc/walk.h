@@ -49,13 +49,17 @@ static __attribute__((noinline)) void group_dots(const typename E::type* w, cons
   dot_tile<E, T>(w, x, width, out);
 }
 
-// logits of the slots of one group
+// Logits of the slots of one group. `is_first` says that nobody has touched these rows of x before.
 template <class E>
 static void group_logits(const typename E::type* w, const float* const* wide, const int32_t* slots, int count,
-                         int64_t width, float* out) {
+                         int64_t width, bool is_first, float* out) {
   int i = 0;
-  for (; i + kRowsPerDot <= count; i += kRowsPerDot)
+  for (; i + kRowsPerDot <= count; i += kRowsPerDot) {
+    if (is_first)
+      for (int t = i + kAhead * kRowsPerDot; t < i + (kAhead + 1) * kRowsPerDot && t < count; ++t)
+        prefetch_row(wide[slots[t]], width * (int64_t)sizeof(float));
     group_dots<E, kRowsPerDot>(w, wide, slots + i, width, out + i);
+  }
   if (kRowsPerDot > 4 && i + 4 <= count) {
     group_dots<E, 4>(w, wide, slots + i, width, out + i);
     i += 4;
@@ -80,13 +84,17 @@ static void walk_block(const Walk<E>& w, BlockScratch& block, int count, int64_t
     const int64_t level_row = tree * s.nodes() + ((int64_t)1 << level) - 1;
     const typename E::type* level_weights = w.weight_in + level_row * width;
     const bool decides = level < s.depth;
+    const bool is_first = E::kWideIsRow && level == first_level;
     int num_next = 0;
+    for (int g = 0; g < num_groups && g < kAhead; ++g)
+      prefetch_row(level_weights + groups[g].node * width, row_bytes);
     for (int g = 0; g < num_groups; ++g) {
       const Group group = groups[g];
-      if (g + 1 < num_groups) prefetch_row(level_weights + groups[g + 1].node * width, row_bytes);
+      if (g + kAhead < num_groups) prefetch_row(level_weights + groups[g + kAhead].node * width, row_bytes);
       int32_t* slots = block.order + group.begin;
       const int size = group.end - group.begin;
-      group_logits<E>(level_weights + group.node * width, block.wide, slots, size, width, block.logit);
+      group_logits<E>(level_weights + group.node * width, block.wide, slots, size, width, is_first,
+                      block.logit);
       const float bias = w.bias_in ? E::widen(w.bias_in[level_row + group.node]) : 0.0f;
       int lefts = 0, rights = 0;
       for (int i = 0; i < size; ++i) {
@@ -132,8 +140,11 @@ FFF_INLINE const float* widen_row(const typename E::type* row, int64_t width, fl
 template <class E>
 static void load_block(const Walk<E>& w, BlockScratch& block, int count, float* copies) {
   const int64_t width = w.shape->in_width, padded = padded_width(width);
-  for (int i = 0; i < count; ++i)
+  for (int i = 0; i < count; ++i) {
+    if (!E::kWideIsRow && i + 2 * kAhead < count)
+      prefetch_row(w.x + block.row[i + 2 * kAhead] * width, width * (int64_t)sizeof(typename E::type));
     block.wide[i] = widen_row<E>(w.x + block.row[i] * width, width, copies + i * padded);
+  }
 }
 
 // Levels of the first stage: as many as leave about one block of rows to a subtree.

@@ -83,7 +83,8 @@ def run_without_package(script: str, *arguments: object, cwd: Path, timeout: int
 
 def run_python(script: str, *arguments: object, cwd: Path, timeout: int = 240) -> str:
     """Run a script in a process of its own, in `cwd`; its standard output."""
-    environment = {**os.environ, "HF_MODULES_CACHE": str(cwd / "hf_modules"), "HF_HUB_OFFLINE": "1"}
+    settings = {"HF_MODULES_CACHE": str(cwd / "hf_modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **settings}
     environment.pop("PYTHONPATH", None)
     process = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],

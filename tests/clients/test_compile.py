@@ -1,5 +1,8 @@
 """torch.compile(fullgraph=True): the numbers of eager, and no new graph for every batch shape."""
 
+import os
+import shutil
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -14,7 +17,9 @@ from tests.clients.helpers import random_batch, tiny_model
 
 SHAPES = ((3, 8), (5, 12), (2, 16))  # the first is compiled as it is, the second for any shape, the third by neither
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
-INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow)
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+NEEDS_INDUCTOR = [pytest.mark.slow, pytest.mark.skipif(not COMPILER, reason="inductor needs a C++ compiler")]
+INDUCTOR = pytest.param("inductor", marks=NEEDS_INDUCTOR)
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +73,7 @@ def test_compiled_encoder_equals_eager_at_every_shape(backend):
     ("model_class", "batch", "backend"),
     [
         (FastBertForMaskedLM, masked_lm_batch, "aot_eager"),
-        pytest.param(FastBertForMaskedLM, masked_lm_batch, "inductor", marks=pytest.mark.slow),
+        pytest.param(FastBertForMaskedLM, masked_lm_batch, "inductor", marks=NEEDS_INDUCTOR),
         (FastBertForSequenceClassification, classification_batch, "aot_eager"),
     ],
 )

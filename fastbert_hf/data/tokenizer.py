@@ -44,11 +44,40 @@ def train_wordpiece(
         raise ValueError(f"vocab_size must be above {2 * len(SPECIAL_TOKENS)}; got {vocab_size}")
     if model_max_length < 3:
         raise ValueError(f"model_max_length must be at least 3 ([CLS], one token, [SEP]); got {model_max_length}")
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    documents = documents if isinstance(documents, Sequence) else list(documents)  # read twice below
     normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    vocabulary = _learn_vocabulary(documents, normalizer, vocab_size, min_frequency, progress)
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    cls_id, sep_id = SPECIAL_TOKENS.index("[CLS]"), SPECIAL_TOKENS.index("[SEP]")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", cls_id), ("[SEP]", sep_id)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=model_max_length,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def _learn_vocabulary(
+    documents: Iterable[str], normalizer: "Normalizer", vocab_size: int, min_frequency: int, progress: bool
+) -> dict[str, int]:
+    """Learn word pieces, the same in every run: token -> id."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    documents = documents if isinstance(documents, Sequence) else list(documents)  # read twice below
     # Every character costs up to two entries: rare ones must not eat a small vocabulary.
     alphabet = _alphabet(documents, normalizer, limit=min(1000, max(64, vocab_size // 16)))
     if not alphabet:
@@ -68,25 +97,7 @@ def train_wordpiece(
         show_progress=progress,
     )
     draft.train_from_iterator(documents, trainer)
-    tokenizer = Tokenizer(models.WordPiece(draft.get_vocab(), unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = draft.normalizer, draft.pre_tokenizer
-    tokenizer.decoder = decoders.WordPiece(prefix="##")
-    cls_id, sep_id = SPECIAL_TOKENS.index("[CLS]"), SPECIAL_TOKENS.index("[SEP]")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS]:0 $A:0 [SEP]:0",
-        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", cls_id), ("[SEP]", sep_id)],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_max_length=model_max_length,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )
+    return draft.get_vocab()
 
 
 def _alphabet(documents: Iterable[str], normalizer: "Normalizer", limit: int) -> list[str]:

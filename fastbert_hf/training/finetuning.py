@@ -20,6 +20,7 @@ from fastbert_hf.data.glue import Split, Task, load_glue, load_task_files
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.training.metrics import compute, decode_predictions, majority_baseline
 from fastbert_hf.training.runs import (
+    check_checkpoint,
     check_fit,
     find_checkpoint,
     is_main_process,
@@ -176,6 +177,7 @@ def finetune(
     set_seed(args.seed)
     model = _classifier(model_options, task)
     check_fit(model.config, tokenizer, data.max_seq_length)
+    check_checkpoint(checkpoint, model.config)
 
     def prepared(split: Split):
         return tokenize(split, tokenizer, data.max_seq_length, data.pad_to_max_length)

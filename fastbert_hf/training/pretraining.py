@@ -23,6 +23,7 @@ from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.training.arguments import load_yaml
 from fastbert_hf.training.metrics import unigram_loss
 from fastbert_hf.training.runs import (
+    check_checkpoint,
     check_fit,
     find_checkpoint,
     is_main_process,
@@ -243,6 +244,7 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     quiet_host(args)
     set_seed(args.seed)
     model = _build_model(options, tokenizer)
+    check_checkpoint(checkpoint, model.config)
     step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     data = prepare_data(
         options, tokenizer, step_size, model.config.vocab_size, args.seed, progress=not args.disable_tqdm

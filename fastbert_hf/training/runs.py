@@ -41,6 +41,30 @@ def find_checkpoint(args: "TrainingArguments", overwrite: bool = False) -> str |
     return str(max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1])))
 
 
+def check_checkpoint(checkpoint: str | None, config: "PreTrainedConfig") -> None:
+    """Check that a checkpoint holds the model that is about to be trained.
+
+    Args:
+        checkpoint: what `find_checkpoint` returned.
+        config: the model's configuration.
+
+    Raises:
+        ValueError: naming the first field that differs.
+    """
+    file = Path(checkpoint or "") / "config.json"
+    if checkpoint is None or not file.is_file():
+        return
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    current = json.loads(config.to_json_string(use_diff=False))
+    bookkeeping = {"transformers_version", "architectures", "dtype", "_name_or_path", "auto_map", "use_cache"}
+    for name in sorted(stored.keys() & current.keys() - bookkeeping):
+        if stored[name] != current[name] and not name.endswith("_token_id"):
+            raise ValueError(
+                f"{checkpoint!r} was made by another run: {name} is {stored[name]!r} there, {current[name]!r} here; "
+                "choose another output_dir, or --overwrite_output_dir to remove its checkpoints"
+            )
+
+
 def remove_checkpoints(output_dir: str | Path) -> None:
     """Remove the checkpoints of an earlier run.
 

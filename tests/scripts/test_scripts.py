@@ -19,6 +19,8 @@ import train_tokenizer  # noqa: E402
 
 from fastbert_hf.data.documentation import Document  # noqa: E402
 
+OUT = ["--output_dir", "OUT"]  # stands for a folder that does not exist yet
+
 
 def start(script, *arguments):
     """Run a script as a user does."""
@@ -70,11 +72,11 @@ def test_library_task_hides_the_answer_and_separates_files():
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("train_tokenizer.py", ["--train_file", "absent.txt", "--output_dir", "OUT"], "'absent.txt' does not exist"),
-        ("pretrain_mlm.py", ["--config", "absent.yaml", "--output_dir", "OUT"], "'absent.yaml' does not exist"),
+        ("train_tokenizer.py", ["--train_file", "absent.txt", *OUT], "'absent.txt' does not exist"),
+        ("pretrain_mlm.py", ["--config", "absent.yaml", *OUT], "'absent.yaml' does not exist"),
         (
             "run_glue.py",
-            ["--task_name", "mrpk", "--do_eval", "--model_name_or_path", "x", "--output_dir", "OUT"],
+            ["--task_name", "mrpk", "--do_eval", "--model_name_or_path", "x", *OUT],
             "mrpk",
         ),
     ],

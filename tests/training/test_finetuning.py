@@ -130,6 +130,8 @@ def test_a_finished_run_is_picked_up_not_repeated(pretrained, glue_dir, tmp_path
     _, again = run(pretrained, tmp_path, data, **changes)
     assert again["resumed_from"] == str(tmp_path / "checkpoint-6")
     assert again["accuracy"] == first["accuracy"] and again["steps"] == 6
+    with pytest.raises(ValueError, match="made by another run: id2label"):
+        run(pretrained, tmp_path, {"task_name": "mnli", "glue_dir": glue_dir}, **changes)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,15 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tiny, finishe
         assert torch.equal(resumed.state_dict()[name], value), name
 
 
+def test_a_checkpoint_of_another_model_is_refused(tiny, finished, tmp_path):
+    folder, _, _ = finished
+    shutil.copytree(folder / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
+    recipe = tmp_path / "deeper.yaml"
+    recipe.write_text((tiny / "model.yaml").read_text().replace("fff_depth: 2", "fff_depth: 3"))
+    with pytest.raises(ValueError, match="fff_depth is 2 there, 3 here"):
+        pretrain(*arguments(tiny, tmp_path / "out", model_config=str(recipe)))
+
+
 def test_overwriting_starts_anew_and_removes_old_checkpoints(tiny, finished, tmp_path):
     folder, _, summary = finished
     shutil.copytree(folder / "checkpoint-6", tmp_path / "checkpoint-6")

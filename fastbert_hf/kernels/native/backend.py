@@ -51,46 +51,59 @@ class NativeBackend:
         return None
 
     def infer(self, x, weight_in, bias_in, weight_out, trees, depth, activation) -> Tensor:
-        return self._run(x, weight_in, bias_in, weight_out, trees, depth, activation)
+        return self._run(x, weight_in, bias_in, weight_out, trees, depth, activation, None, None)
 
     def forward(self, x, weight_in, bias_in, weight_out, trees, depth, activation):
         paths = (x.shape[0], trees, depth + 1)
-        visited, logits = torch.empty(paths, dtype=torch.int32), torch.empty(paths, dtype=torch.float32)
-        y = self._run(x, weight_in, bias_in, weight_out, trees, depth, activation, visited, logits)
+        visited, logits = x.new_empty(paths, dtype=torch.int32), x.new_empty(paths, dtype=torch.float32)
+        y = self._run(
+            x, weight_in, bias_in, weight_out, trees, depth, activation, visited.data_ptr(), logits.data_ptr()
+        )
         return y, visited, logits
 
-    def _run(self, x, weight_in, bias_in, weight_out, trees, depth, activation, visited=None, logits=None) -> Tensor:
+    def _run(self, x, weight_in, bias_in, weight_out, trees, depth, activation, visited, logits) -> Tensor:
+        """At one row this function takes longer than the kernel: every line counts, and none may be superfluous."""
         if self._forward is None:
             self._load()
         num_rows, in_width = x.shape
-        out_width = weight_out.shape[1]
-        _check_parameters(x, weight_in, bias_in, weight_out, trees * ((2 << depth) - 1))
-        y = torch.empty((num_rows, out_width), dtype=x.dtype)
+        nodes, out_width = weight_out.shape
+        dtype = x.dtype
+        if (
+            weight_in.shape != (nodes, in_width)
+            or nodes != trees * ((2 << depth) - 1)
+            or weight_in.dtype != dtype
+            or weight_out.dtype != dtype
+            or (bias_in is not None and not (bias_in.dtype == dtype and bias_in.shape == (nodes,) and bias_in.is_cpu))
+        ):
+            _raise_mismatch(x, weight_in, bias_in, weight_out, trees, depth)
+        y = x.new_empty((num_rows, out_width))
         if num_rows == 0:
             return y
         # contiguous() returns the tensor itself where it can; the names keep copies alive during the call
         x, weight_in, weight_out = x.contiguous(), weight_in.contiguous(), weight_out.contiguous()
+        bias = None
         if bias_in is not None:
             bias_in = bias_in.contiguous()
+            bias = bias_in.data_ptr()
         status = self._forward(
             x.data_ptr(),
             weight_in.data_ptr(),
-            None if bias_in is None else bias_in.data_ptr(),
+            bias,
             weight_out.data_ptr(),
             y.data_ptr(),
-            None if visited is None else visited.data_ptr(),
-            None if logits is None else logits.data_ptr(),
+            visited,
+            logits,
             num_rows,
             in_width,
             out_width,
             trees,
             depth,
             ACTIVATION_CODES[activation],
-            DTYPE_CODES[x.dtype],
+            DTYPE_CODES[dtype],
             torch.get_num_threads(),
         )
         if status:
-            _raise(status)
+            _raise_status(status)
         return y
 
     def backward(
@@ -100,7 +113,15 @@ class NativeBackend:
             self._load()
         _check_paths(grad_y, x, weight_out, visited, logits)
         num_rows, trees, levels = logits.shape
-        _check_parameters(x, weight_in, bias_in, weight_out, trees * ((1 << levels) - 1))
+        parameters = (weight_in, weight_out) if bias_in is None else (weight_in, weight_out, bias_in)
+        nodes = trees * ((1 << levels) - 1)
+        if (
+            weight_in.shape != (nodes, x.shape[1])
+            or weight_out.shape[0] != nodes
+            or (bias_in is not None and bias_in.shape != (nodes,))
+            or any(t.dtype != x.dtype for t in parameters)
+        ):
+            _raise_mismatch(x, weight_in, bias_in, weight_out, trees, levels - 1)
         inputs = (x, weight_in, bias_in, weight_out)
         allocate = torch.empty if num_rows else torch.zeros
         gradients = [
@@ -123,26 +144,20 @@ class NativeBackend:
             torch.get_num_threads(),
         )
         if status:
-            _raise(status)
+            _raise_status(status)
         return gradients
 
 
-def _check_parameters(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, nodes: int) -> None:
-    """Raise where the kernels would read past a buffer: they trust sizes, dtypes and devices."""
-    dtype = x.dtype
-    if (
-        weight_in.shape == (nodes, x.shape[1])
-        and weight_out.shape[0] == nodes
-        and weight_in.dtype == dtype
-        and weight_out.dtype == dtype
-        and (bias_in is None or (bias_in.shape == (nodes,) and bias_in.dtype == dtype and bias_in.is_cpu))
-    ):
-        return
-    tensors = (x, weight_in, weight_out) + (() if bias_in is None else (bias_in,))
+def _raise_mismatch(
+    x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, trees: int, depth: int
+) -> None:
+    """The kernels trust sizes and dtypes: where these do not fit they would read past a buffer."""
+    nodes = trees * ((2 << depth) - 1)
+    tensors = [t for t in (x, weight_in, bias_in, weight_out) if t is not None]
     raise ValueError(
-        f"{nodes} nodes: expected weight_in ({nodes}, {x.shape[1]}), weight_out ({nodes}, H_out) and bias_in "
-        f"({nodes},) in the dtype of x on the CPU; x, weight_in, weight_out, bias_in are "
-        + ", ".join(f"{tuple(t.shape)} {t.dtype} {t.device}" for t in tensors)
+        f"{trees} trees of depth {depth}: expected weight_in ({nodes}, {x.shape[1]}), bias_in ({nodes},) and "
+        f"weight_out ({nodes}, H_out) in the dtype of x; x and parameters are "
+        + ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors)
     )
 
 
@@ -166,7 +181,7 @@ def _check_paths(grad_y: Tensor, x: Tensor, weight_out: Tensor, visited: Tensor,
         )
 
 
-def _raise(status: int) -> None:
+def _raise_status(status: int) -> None:
     if status == STATUS_NO_MEMORY:
         raise MemoryError("the native FFF kernels could not allocate scratch memory")
     if status == STATUS_BAD_PATH:

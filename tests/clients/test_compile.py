@@ -69,6 +69,7 @@ def test_compiled_encoder_equals_eager_at_every_shape(backend):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_class", "batch", "backend"),
     [

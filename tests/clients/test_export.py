@@ -12,10 +12,16 @@ MODELS = {
     "encoder": (FastBertModel, {}),
     "post_norm_encoder": (
         FastBertModel,
-        {"norm_scheme": "post", "use_bias": True, "type_vocab_size": 2, "position_embedding_type": "absolute"},
+        {
+            "norm_scheme": "post",
+            "use_bias": True,
+            "type_vocab_size": 2,
+            "position_embedding_type": "absolute",
+            "num_hidden_layers": 1,
+        },
     ),
-    "classifier": (FastBertForSequenceClassification, {"classifier_pooling": "mean"}),
-    "masked_lm": (FastBertForMaskedLM, {}),
+    "classifier": (FastBertForSequenceClassification, {"classifier_pooling": "mean", "num_hidden_layers": 1}),
+    "masked_lm": (FastBertForMaskedLM, {"num_hidden_layers": 1}),
 }
 # model, whether it takes a mask, whether it returns a tuple
 CASES = [

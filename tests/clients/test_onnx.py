@@ -58,10 +58,14 @@ def padded_inputs(batch: int, length: int, with_mask: bool) -> dict[str, torch.T
 def test_onnx_files_run_without_the_package_at_every_shape(tmp_path):
     numpy = pytest.importorskip("numpy")
     models = {
-        "classifier-mask": tiny_model(FastBertForSequenceClassification, classifier_pooling="mean"),
+        "classifier-mask": tiny_model(
+            FastBertForSequenceClassification, classifier_pooling="mean", num_hidden_layers=1
+        ),
         "encoder-mask": tiny_model(FastBertModel),
-        "encoder-nomask": tiny_model(FastBertModel),
-        "masked_lm-mask": tiny_model(FastBertForMaskedLM, norm_scheme="post", use_bias=True, type_vocab_size=2),
+        "encoder-nomask": tiny_model(FastBertModel, num_hidden_layers=1),
+        "masked_lm-mask": tiny_model(
+            FastBertForMaskedLM, norm_scheme="post", use_bias=True, type_vocab_size=2, num_hidden_layers=1
+        ),
     }
     for stem, model in models.items():
         with_mask = stem.endswith("-mask")

@@ -1,8 +1,6 @@
 """What callers rely on beyond the numbers: determinism, threads, processes, the op's machinery, wrong arguments."""
 
 import os
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -10,7 +8,7 @@ import torch
 
 from fastbert_hf import FastFeedForward, fff, use_backend
 from fastbert_hf.fff_op import select_backend
-from fastbert_hf.kernels.native import library
+from fastbert_hf.kernels.native import build, library
 from tests.kernels.cases import make_problem
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -188,15 +186,26 @@ def test_empty_widths_work(native):
                 assert results[0].shape == (rows, out_width)
 
 
-def test_instruction_set_comes_from_the_environment(native_library):
-    code = (
-        "from fastbert_hf.kernels.native.library import load_library, why_unavailable\n"
-        "print(why_unavailable() or load_library().fff_instruction_set().decode())"
-    )
-    for wanted, expected in (("generic", "generic"), ("abacus", "FASTBERT_NATIVE_ISA='abacus' is unknown")):
-        environment = {**os.environ, library.INSTRUCTION_SET_VARIABLE: wanted}
-        output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        assert output.stdout.startswith(expected), output.stderr
+def test_instruction_set_comes_from_the_environment(native_library, monkeypatch):
+    before = native_library.fff_instruction_set()
+    try:
+        monkeypatch.setenv(library.INSTRUCTION_SET_VARIABLE, "generic")
+        assert library.load_library.__wrapped__().fff_instruction_set() == b"generic"
+        monkeypatch.setenv(library.INSTRUCTION_SET_VARIABLE, "abacus")
+        with pytest.raises(library.LibraryError, match="'abacus' is unknown"):
+            library.load_library.__wrapped__()
+    finally:
+        native_library.fff_select_instruction_set(before)
+
+
+def test_a_missing_library_explains_itself(monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    with pytest.raises(library.LibraryError, match="compiled when the package is installed"):
+        library.load_library.__wrapped__()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no C++ compiler" in build.build_or_explain(tmp_path)
+    with pytest.raises(library.LibraryError, match="no C\\+\\+ compiler"):
+        library.load_library.__wrapped__()
 
 
 def test_torchs_openmp_runtime_is_used(native_library):

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 
-from .build import FAILURE_NAME, LIBRARY_NAME
-
 INSTRUCTION_SET_VARIABLE = "FASTBERT_NATIVE_ISA"  # avx512, avx2 or generic; by default the best that the CPU has
 ABI_VERSION = 1
 FOLDER = Path(__file__).resolve().parent
@@ -24,6 +22,8 @@ class LibraryError(RuntimeError):
 
 
 def _open_library() -> ctypes.CDLL:
+    from .build import FAILURE_NAME, LIBRARY_NAME  # here: `python -m ...native.build` imports this module first
+
     path = FOLDER / LIBRARY_NAME
     if not path.exists():
         failure = FOLDER / FAILURE_NAME

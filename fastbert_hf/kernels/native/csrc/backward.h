@@ -115,7 +115,7 @@ static Status all_logit_gradients(const Shape& s, const BackwardTensors& tensors
                                   float* grad_logits) {
   typedef const typename E::type* In;
   const PathSum<E> out = {s.num_rows, s.trees,   s.levels(), s.nodes(), s.out_width, s.depth,
-                          s.threads,  (In)tensors.weight_out, nullptr, paths.leaves.data, nullptr};
+                          s.threads,  (In)tensors.weight_out, nullptr, paths.leaves.data, nullptr, false};
   const int64_t slice = 64, slices = ceil_div(s.num_rows, slice);
   auto task = [&](int64_t i, int) {
     In path[32];
@@ -133,7 +133,8 @@ static Status weight_gradient(const Shape& s, const Paths& paths, const float* c
                               int64_t width, void* gradient) {
   typedef typename E::type T;
   const WeightGradient<E> g = {s.num_rows, s.trees, s.levels(), s.nodes(), width, s.depth, paths.sorted.data,
-                               paths.leaves.data, coefficients, (const T*)vectors, (T*)gradient};
+                               paths.leaves.data, coefficients, (const T*)vectors, (T*)gradient,
+                               should_stream(gradient, s.trees * s.nodes(), width * (int64_t)sizeof(T))};
   // wide enough that a row's piece fills some cache lines, narrow enough to occupy the threads
   int64_t columns = 4 * kStrip;
   while (columns > kStrip && s.trees * ceil_div(width, columns) < 3 * s.threads) columns -= kStrip;
@@ -147,6 +148,7 @@ static Status weight_gradient(const Shape& s, const Paths& paths, const float* c
       const int64_t begin = i % pieces * columns;
       sum_columns(g, i / pieces, begin, min64(width, begin + columns), runs.data + worker * kSegment,
                   carry.data + worker * carry_size);
+      if (g.streams) finish_streams();
       return;
     }
     const int64_t first = (i - s.trees * pieces) * slice;

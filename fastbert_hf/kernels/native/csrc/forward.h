@@ -47,7 +47,7 @@ static Status forward_few(const Shape& s, const ForwardTensors& tensors) {
     }
     activate(s.activation, logits, coefficients, visits);
     typename E::type* y = (typename E::type*)tensors.y + i * s.out_width;
-    const SumRows<E> sum = {rows, visits, &coefficients, nullptr, &y, true, true};
+    const SumRows<E> sum = {rows, visits, &coefficients, nullptr, &y, true, true, false};
     sum_rows<E, 1, kPairs1>(sum, 0, s.out_width);
   }
   return kDone;

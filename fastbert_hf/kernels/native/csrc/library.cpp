@@ -85,6 +85,13 @@ void expect_writes(void* buffer, int64_t bytes) {
 #endif
 }
 
+// A thread is worth waking for about ten microseconds of products.
+int useful_threads(const Shape& s) {
+  const int64_t products_per_row = s.visits() * (s.in_width + s.out_width), per_thread = 150000;
+  const int64_t rows_per_thread = max64(1, per_thread / max64(1, products_per_row));
+  return (int)max64(1, min64(s.threads, s.num_rows / rows_per_thread));
+}
+
 bool in_range(const Shape& s, int dtype) {
   return s.num_rows > 0 && s.in_width >= 0 && s.out_width >= 0 && s.trees >= 1 && s.depth >= 0 && s.depth <= 30 &&
          s.activation >= 0 && s.activation <= 3 && s.threads >= 1 && (dtype == 0 || dtype == 1);
@@ -157,8 +164,9 @@ FFF_API int fff_select_instruction_set(const char* name) {
 FFF_API int fff_forward(const void* x, const void* weight_in, const void* bias_in, const void* weight_out, void* y,
                         int32_t* visited, float* logits, int64_t num_rows, int64_t in_width, int64_t out_width,
                         int64_t trees, int depth, int activation, int dtype, int threads) {
-  const fff::Shape shape = {num_rows, in_width, out_width, trees, depth, activation, threads};
+  fff::Shape shape = {num_rows, in_width, out_width, trees, depth, activation, threads};
   if (!fff::in_range(shape, dtype)) return fff::kBadArgument;
+  shape.threads = fff::useful_threads(shape);
   const int64_t size = dtype == 0 ? 4 : 2;
   fff::expect_writes(y, num_rows * out_width * size);
   return fff::chosen->forward[dtype](shape, {x, weight_in, bias_in, weight_out, y, visited, logits});

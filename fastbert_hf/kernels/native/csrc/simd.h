@@ -23,6 +23,7 @@ FFF_INLINE vec zero() { return _mm512_setzero_ps(); }
 FFF_INLINE vec broadcast(float a) { return _mm512_set1_ps(a); }
 FFF_INLINE vec load(const float* p) { return _mm512_loadu_ps(p); }
 FFF_INLINE void store(float* p, vec a) { _mm512_storeu_ps(p, a); }
+FFF_INLINE void stream(float* p, vec a) { _mm512_stream_ps(p, a); }
 FFF_INLINE vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
 FFF_INLINE vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 FFF_INLINE __mmask16 first_lanes(int n) { return (__mmask16)((1u << n) - 1u); }
@@ -59,6 +60,9 @@ FFF_INLINE __m512i join_bf16(vec even, vec odd) {
   return _mm512_or_si512(upper, _mm512_srli_epi32(round_bf16(even), 16));
 }
 FFF_INLINE void store_bf16(uint16_t* p, vec even, vec odd) { _mm512_storeu_si512(p, join_bf16(even, odd)); }
+FFF_INLINE void stream_bf16(uint16_t* p, vec even, vec odd) {
+  _mm512_stream_si512((__m512i*)p, join_bf16(even, odd));
+}
 FFF_INLINE void store_bf16_first(uint16_t* p, vec even, vec odd, int n) {
   _mm512_mask_storeu_epi16(p, (__mmask32)((1ull << n) - 1), join_bf16(even, odd));
 }
@@ -72,6 +76,7 @@ FFF_INLINE vec zero() { return _mm256_setzero_ps(); }
 FFF_INLINE vec broadcast(float a) { return _mm256_set1_ps(a); }
 FFF_INLINE vec load(const float* p) { return _mm256_loadu_ps(p); }
 FFF_INLINE void store(float* p, vec a) { _mm256_storeu_ps(p, a); }
+FFF_INLINE void stream(float* p, vec a) { _mm256_stream_ps(p, a); }
 FFF_INLINE vec add(vec a, vec b) { return _mm256_add_ps(a, b); }
 FFF_INLINE vec fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 FFF_INLINE __m256i first_lanes(int n) {
@@ -107,6 +112,9 @@ FFF_INLINE __m256i join_bf16(vec even, vec odd) {
 FFF_INLINE void store_bf16(uint16_t* p, vec even, vec odd) {
   _mm256_storeu_si256((__m256i*)p, join_bf16(even, odd));
 }
+FFF_INLINE void stream_bf16(uint16_t* p, vec even, vec odd) {
+  _mm256_stream_si256((__m256i*)p, join_bf16(even, odd));
+}
 
 #else
 
@@ -122,6 +130,7 @@ FFF_INLINE vec load(const float* p) {
   return a;
 }
 FFF_INLINE void store(float* p, vec a) { memcpy(p, &a, sizeof a); }
+FFF_INLINE void stream(float* p, vec a) { store(p, a); }
 FFF_INLINE vec add(vec a, vec b) { return a + b; }
 FFF_INLINE vec fma(vec a, vec b, vec c) { return a * b + c; }
 FFF_INLINE vec load_first(const float* p, int n) {
@@ -154,6 +163,7 @@ FFF_INLINE void store_bf16(uint16_t* p, vec even, vec odd) {
     p[2 * i + 1] = round_bf16(odd[i]);
   }
 }
+FFF_INLINE void stream_bf16(uint16_t* p, vec even, vec odd) { store_bf16(p, even, odd); }
 
 #endif
 
@@ -179,6 +189,18 @@ FFF_INLINE void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)row + i, 0, 2);
 }
 
+// A matrix larger than a core's share of the caches is written past them (`stream`): reading its old contents first
+// costs memory traffic, and keeping it pushes the weights out. Needs rows that begin at cache lines.
+FFF_INLINE bool should_stream(const void* matrix, int64_t rows, int64_t row_bytes) {
+  return rows * row_bytes >= 8 << 20 && row_bytes % 64 == 0 && (uintptr_t)matrix % 64 == 0;
+}
+// to be called by a thread that has streamed, before others read what it wrote
+FFF_INLINE void finish_streams() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 // How rows of one element type are read and written, a pair of vectors at a time. `wide` rows are float copies in
 // the order in which the pairs come out; a float32 row is its own wide row.
 struct F32 {
@@ -197,6 +219,10 @@ struct F32 {
   FFF_INLINE void store2(float* p, vec a, vec b) {
     store(p, a);
     store(p + kWidth, b);
+  }
+  FFF_INLINE void stream2(float* p, vec a, vec b) {
+    stream(p, a);
+    stream(p + kWidth, b);
   }
   FFF_INLINE void store2_first(float* p, vec a, vec b, int n) {
     store_first(p, a, n < kWidth ? n : kWidth);
@@ -217,6 +243,7 @@ struct BF16 {
   FFF_INLINE void load2(const uint16_t* p, vec* a, vec* b) { load_bf16(p, a, b); }
   FFF_INLINE void load2_first(const uint16_t* p, int n, vec* a, vec* b) { load_bf16_first(p, n, a, b); }
   FFF_INLINE void store2(uint16_t* p, vec a, vec b) { store_bf16(p, a, b); }
+  FFF_INLINE void stream2(uint16_t* p, vec a, vec b) { stream_bf16(p, a, b); }
   FFF_INLINE void store2_first(uint16_t* p, vec a, vec b, int n) { store_bf16_first(p, a, b, n); }
 };
 

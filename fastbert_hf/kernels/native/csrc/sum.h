@@ -11,6 +11,7 @@ constexpr int kSumBlock = 128;  // rows of one task
 // Columns of one pass over those rows: a path's share of them stays in the first-level cache, so that neighbours read
 // from there what they have in common.
 constexpr int64_t kSumColumns = 256;
+constexpr int64_t kCachedBytes = 512 << 10;  // a larger y is fetched ahead of its stores
 
 template <class E>
 struct PathSum {
@@ -20,6 +21,7 @@ struct PathSum {
   const float* coefficients;  // (N, P, levels)
   const uint32_t* leaves;     // (N, P)
   typename E::type* y;        // (N, width)
+  bool streams;               // y is large
 };
 
 // Trees of depth 0 have one node that every row visits: they are summed as one tree with one path of P nodes.
@@ -30,7 +32,8 @@ static PathSum<E> path_sum(const Shape& s, const void* weight, int64_t width, co
   typedef typename E::type* Out;
   const bool flat = s.depth == 0;
   return {s.num_rows, flat ? 1 : s.trees, flat ? s.trees : s.levels(), s.nodes(), width,
-          s.depth,    s.threads,          (In)weight,                  coefficients, leaves, (Out)y};
+          s.depth,    s.threads,          (In)weight,                  coefficients, leaves, (Out)y,
+          should_stream(y, s.num_rows, width * (int64_t)sizeof(typename E::type))};
 }
 
 // Rows of weights on the path to a leaf, from level `first` on.
@@ -93,7 +96,8 @@ FFF_INLINE void prefetch_path(const PathSum<E>& p, int64_t tree, uint32_t leaf, 
 template <class E>
 static void sum_sorted(const PathSum<E>& p, const SumScratch<E>& scratch, int64_t tree, const int32_t* rows,
                        float* const* wide, int count) {
-  const SumRows<E> s = {scratch.path, p.levels, nullptr, nullptr, nullptr, tree == 0, tree == p.trees - 1};
+  const bool fetches_y = !p.streams && p.num_rows * p.width * (int64_t)sizeof(typename E::type) >= kCachedBytes;
+  const SumRows<E> s = {scratch.path, p.levels, nullptr, nullptr, nullptr, tree == 0, tree == p.trees - 1, p.streams};
   int starts[kSumBlock + 1], num_runs = 0;  // runs of rows at one leaf
   uint32_t leaves[kSumBlock];
   for (int i = 0; i < count; ++i) {
@@ -109,7 +113,12 @@ static void sum_sorted(const PathSum<E>& p, const SumScratch<E>& scratch, int64_
     for (int r = 0; r < num_runs; ++r) {
       const int64_t changed = r == 0 ? 0 : first_difference(leaves[r], leaves[r - 1], p.depth);
       fill_path(p, tree, leaves[r], changed, scratch.path);
-      if (r + kAhead < num_runs) prefetch_path(p, tree, leaves[r + kAhead], leaves[r + kAhead - 1], begin, end);
+      if (r + kAhead < num_runs) {
+        prefetch_path(p, tree, leaves[r + kAhead], leaves[r + kAhead - 1], begin, end);
+        if (fetches_y)
+          for (int i = starts[r + kAhead]; i < starts[r + kAhead + 1]; ++i)
+            prefetch_row(p.y + rows[i] * p.width + begin, (end - begin) * (int64_t)sizeof(typename E::type));
+      }
       sum_leaf(p, s, tree, rows + starts[r], wide + starts[r], starts[r + 1] - starts[r], begin, end);
     }
   }
@@ -149,6 +158,7 @@ static Status sum_paths(const PathSum<E>& p) {
     const int64_t begin = i * rows_per_task;
     const SumScratch<E> scratch = {paths.data + worker * p.levels, wide.data + worker * wide_size};
     sum_block(p, scratch, rows.data + begin, spare.data + begin, (int)min64(rows_per_task, p.num_rows - begin));
+    if (p.streams) finish_streams();
   };
   parallel(p.threads, ceil_div(p.num_rows, rows_per_task), task);
   return kDone;

@@ -113,6 +113,7 @@ struct SumRows {
   float* const* wide;
   typename E::type* const* y;
   bool first, last;
+  bool streams;
 };
 
 // columns [column, column + C * kPair) of T rows, or the first n of them when C = 1 and n < kPair
@@ -151,6 +152,8 @@ FFF_INLINE void sum_tile(const SumRows<E>& s, int64_t column, int n) {
         F32::store2(s.wide[t] + column + c * kPair, sum[t][2 * c], sum[t][2 * c + 1]);
       else if (PARTIAL)
         E::store2_first(s.y[t] + column, sum[t][2 * c], sum[t][2 * c + 1], n);
+      else if (s.streams)
+        E::stream2(s.y[t] + column + c * kPair, sum[t][2 * c], sum[t][2 * c + 1]);
       else
         E::store2(s.y[t] + column + c * kPair, sum[t][2 * c], sum[t][2 * c + 1]);
     }

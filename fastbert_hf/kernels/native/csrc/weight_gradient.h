@@ -27,6 +27,7 @@ struct WeightGradient {
   const float* coefficients;         // (N, P, levels)
   const typename E::type* vectors;   // (N, width)
   typename E::type* gradient;        // (P*n, width)
+  bool streams;                      // the gradient is large
 };
 
 #if defined(FFF_ISA_AVX512)
@@ -102,6 +103,8 @@ static __attribute__((noinline)) void sum_segment(const WeightGradient<E>& g, co
       for (int c = 0; c < C; ++c) {
         if (PARTIAL)
           E::store2_first(out, sum[l][0], sum[l][1], n);
+        else if (g.streams)
+          E::stream2(out + c * kPair, sum[l][2 * c], sum[l][2 * c + 1]);
         else
           E::store2(out + c * kPair, sum[l][2 * c], sum[l][2 * c + 1]);
       }

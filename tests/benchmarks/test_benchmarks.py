@@ -17,13 +17,6 @@ from tests import oracle
 CEILINGS = {"bytes_per_second": 1e10, "flops_per_second": 1e11}
 
 
-@pytest.fixture(autouse=True)
-def keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def small_layer(trees=1, depth=4):
     torch.manual_seed(0)
     ffn = FastFeedForward(32, 32, depth, trees, initializer_range=0.5)

@@ -13,15 +13,6 @@ def tokenizer() -> BertTokenizer:
     return BertTokenizer(vocab=vocabulary, do_lower_case=True, model_max_length=32)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models gain nothing from threads, and lose much where other processes hold the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def saved(tmp_path, tokenizer):
     """Save a model with the tokenizer: saved(model) -> folder."""

@@ -27,7 +27,7 @@ from fastbert_hf.training.arguments import RecipeArgumentParser, run_command
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 HELD_OUT_SHARE = 0.05  # of source files: their text is in neither training part
 CLASSES = 6  # packages to tell apart
-CLASS_LIMIT = 600  # training examples per package
+CLASS_LIMIT = 1000  # training examples per package
 SENTENCE_CHARACTERS = 240
 
 

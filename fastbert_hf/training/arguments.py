@@ -1,5 +1,6 @@
 """Command lines with YAML recipes: `--config FILE.yaml` first, then overrides; the last value wins."""
 
+import argparse
 import json
 import logging
 import re
@@ -125,6 +126,25 @@ class RecipeArgumentParser(HfArgumentParser):
             else:
                 tokens.append(str(value))
         return tokens
+
+
+class CommandParser(argparse.ArgumentParser):
+    """`ArgumentParser` for scripts without recipes; it keeps the description's lines and raises like the above.
+
+    Args:
+        **kwargs: for `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str):
+        """Called by argparse for a bad command line.
+
+        Raises:
+            ValueError: always, with argparse's message.
+        """
+        raise ValueError(message)
 
 
 def run_command(main: Callable[[], Any]) -> int:

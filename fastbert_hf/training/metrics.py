@@ -102,6 +102,8 @@ def decode_predictions(logits: np.ndarray, is_regression: bool) -> np.ndarray:
 def majority_baseline(names: Sequence[str], train_labels, references, is_regression: bool) -> dict[str, float]:
     """Metrics of always answering the most frequent training label (regression: the mean).
 
+    Of equally frequent labels the one that scores best is taken, so the baseline is never flattering to a model.
+
     Args:
         names: metric names.
         train_labels: labels of the training split.
@@ -113,11 +115,12 @@ def majority_baseline(names: Sequence[str], train_labels, references, is_regress
     """
     train_labels = np.asarray(train_labels)
     if is_regression:
-        answer = train_labels.mean()
+        answers = [train_labels.mean()]
     else:
         classes, counts = np.unique(train_labels, return_counts=True)
-        answer = classes[counts.argmax()]
-    return compute(names, np.full(len(references), answer), references)
+        answers = classes[counts == counts.max()]
+    results = [compute(names, np.full(len(references), answer), references) for answer in answers]
+    return max(results, key=lambda result: result[names[0]])
 
 
 def unigram_loss(train_ids: np.ndarray, labels: torch.Tensor, vocab_size: int) -> float:

@@ -67,6 +67,7 @@ def test_predictions_come_from_logits():
 
 def test_majority_baseline_answers_the_most_frequent_training_label():
     assert majority_baseline(["accuracy"], [2, 2, 1], [1, 2, 2, 2], False) == {"accuracy": 0.75}
+    assert majority_baseline(["accuracy"], [0, 1, 1, 0, 2], [1, 1, 0, 2], False) == {"accuracy": 0.5}  # a tie
     assert majority_baseline(["pearson"], [1.0, 2.0], [1.0, 3.0], True) == {"pearson": 0.0}
 
 

@@ -132,15 +132,19 @@ def check_reload(model: PreTrainedModel, folder: Path, inputs: dict[str, torch.T
         inputs: a batch.
 
     Raises:
-        ValueError: if any output differs.
+        ValueError: if any weight differs, or any output by more than rounding.
     """
     model = model.eval().cpu()
+    loaded, encoder = (cls.from_pretrained(folder).eval() for cls in (AutoModelForMaskedLM, AutoModel))
+    if not all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items()):
+        raise ValueError(f"the model loaded from {str(folder)!r} has other weights than the trained one")
     with torch.no_grad():
-        expected = model(**inputs).logits
-        hidden = model.base_model(**inputs).last_hidden_state
-        logits_equal = torch.equal(AutoModelForMaskedLM.from_pretrained(folder).eval()(**inputs).logits, expected)
-        hidden_equal = torch.equal(AutoModel.from_pretrained(folder).eval()(**inputs).last_hidden_state, hidden)
-    if not (logits_equal and hidden_equal):
+        pairs = (
+            (loaded(**inputs).logits, model(**inputs).logits),
+            (encoder(**inputs).last_hidden_state, model.base_model(**inputs).last_hidden_state),
+        )
+    # equal weights in other places of the memory may round matrix products differently
+    if not all(torch.allclose(value, expected, atol=1e-5) for value, expected in pairs):
         raise ValueError(f"the model loaded from {str(folder)!r} gives other outputs than the trained one")
 
 
@@ -184,7 +188,7 @@ def use_model(model: PreTrainedModel, folder: Path) -> list[str]:
         f"fill-mask        {sentence!r}: {words}",
         f"neurons          {used} of {held} per token and layer; the {inputs['input_ids'].numel()} tokens of two "
         f"sentences together {batch:.0f}",
-        "loaded back      AutoModelForMaskedLM and AutoModel give the trained model's outputs exactly",
+        "loaded back      AutoModelForMaskedLM and AutoModel have the trained weights and give its outputs",
     ]
 
 

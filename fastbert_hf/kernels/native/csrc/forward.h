@@ -20,15 +20,12 @@ static Status forward_few(const Shape& s, const ForwardTensors& tensors) {
   float few_coefficients[kOnStack];
   In few_rows[kOnStack];
   Scratch<float> many_coefficients(visits > kOnStack ? visits : 0);
-  Scratch<float> copy(E::kWideIsRow ? 0 : kPair + padded_width(s.in_width));
   Scratch<In> many_rows(visits > kOnStack ? visits : 0);
-  if ((visits > kOnStack && (many_coefficients.missing() || many_rows.missing())) ||
-      (!E::kWideIsRow && copy.missing()))
-    return kNoMemory;
+  if (visits > kOnStack && (many_coefficients.missing() || many_rows.missing())) return kNoMemory;
   float* coefficients = visits > kOnStack ? many_coefficients.data : few_coefficients;
   In* rows = visits > kOnStack ? many_rows.data : few_rows;
   for (int64_t i = 0; i < s.num_rows; ++i) {
-    const float* x = widen_row<E>((In)tensors.x + i * s.in_width, s.in_width, copy.data);
+    In x = (In)tensors.x + i * s.in_width;
     float* logits = tensors.logits ? tensors.logits + i * visits : coefficients;
     for (int64_t tree = 0; tree < s.trees; ++tree) {
       uint32_t node = 0;

@@ -201,11 +201,9 @@ FFF_INLINE void finish_streams() {
 #endif
 }
 
-// How rows of one element type are read and written, a pair of vectors at a time. `wide` rows are float copies in
-// the order in which the pairs come out; a float32 row is its own wide row.
+// How rows of one element type are read and written, a pair of vectors at a time.
 struct F32 {
   typedef float type;
-  static constexpr bool kWideIsRow = true;
   FFF_INLINE float one() { return 1.0f; }
   FFF_INLINE float widen(float a) { return a; }
   FFF_INLINE void load2(const float* p, vec* a, vec* b) {
@@ -232,7 +230,6 @@ struct F32 {
 
 struct BF16 {
   typedef uint16_t type;
-  static constexpr bool kWideIsRow = false;
   FFF_INLINE uint16_t one() { return 0x3f80; }
   FFF_INLINE float widen(uint16_t a) {
     const uint32_t word = (uint32_t)a << 16;

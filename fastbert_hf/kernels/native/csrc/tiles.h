@@ -11,25 +11,14 @@
 namespace fff {
 namespace FFF_ISA {
 
-// ---- logits: out[t] = <x[t], w>; x are wide rows ----
-
-constexpr int kDotAccumulators = 4;
-
-template <class E>
-FFF_INLINE void load_wide2(const float* p, int64_t n, vec* a, vec* b) {
-  if (E::kWideIsRow && n < kPair) {
-    F32::load2_first(p, (int)n, a, b);
-  } else {  // other types' wide rows are padded with zeros
-    F32::load2(p, a, b);
-  }
-}
+// ---- logits: out[t] = <x[t], w> ----
 
 template <class E, int T>
-FFF_INLINE void dot_tile(const typename E::type* w, const float* const* x, int64_t width, float* out) {
-  vec sum[T][kDotAccumulators];
+FFF_INLINE void dot_tile(const typename E::type* w, const typename E::type* const* x, int64_t width, float* out) {
+  vec sum[T][4];
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t)
-    for (int a = 0; a < kDotAccumulators; ++a) sum[t][a] = zero();
+    for (int a = 0; a < 4; ++a) sum[t][a] = zero();
   int64_t i = 0;
   for (; i + 2 * kPair <= width; i += 2 * kPair) {
     vec w0, w1, w2, w3;
@@ -37,24 +26,23 @@ FFF_INLINE void dot_tile(const typename E::type* w, const float* const* x, int64
     E::load2(w + i + kPair, &w2, &w3);
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t) {
-      const float* p = x[t] + i;
-      sum[t][0] = fma(w0, load(p), sum[t][0]);
-      sum[t][1] = fma(w1, load(p + kWidth), sum[t][1]);
-      sum[t][2] = fma(w2, load(p + 2 * kWidth), sum[t][2]);
-      sum[t][3] = fma(w3, load(p + 3 * kWidth), sum[t][3]);
+      vec x0, x1, x2, x3;
+      E::load2(x[t] + i, &x0, &x1);
+      E::load2(x[t] + i + kPair, &x2, &x3);
+      sum[t][0] = fma(w0, x0, sum[t][0]);
+      sum[t][1] = fma(w1, x1, sum[t][1]);
+      sum[t][2] = fma(w2, x2, sum[t][2]);
+      sum[t][3] = fma(w3, x3, sum[t][3]);
     }
   }
   for (; i < width; i += kPair) {
-    int64_t n = width - i;
+    const int n = (int)min64(width - i, kPair);
     vec w0, w1;
-    if (n < kPair)
-      E::load2_first(w + i, (int)n, &w0, &w1);
-    else
-      E::load2(w + i, &w0, &w1);
+    E::load2_first(w + i, n, &w0, &w1);
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t) {
       vec x0, x1;
-      load_wide2<E>(x[t] + i, n, &x0, &x1);
+      E::load2_first(x[t] + i, n, &x0, &x1);
       sum[t][0] = fma(w0, x0, sum[t][0]);
       sum[t][1] = fma(w1, x1, sum[t][1]);
     }

@@ -25,13 +25,13 @@ struct Walk {
   uint32_t* reached;  // (N, P) position of the node that a row is at, inside its level
 };
 
+// Slots hold the block's rows in the order in which they came; `order` groups the slots by node.
 struct BlockScratch {
-  const float* wide[kBlock];  // row of x of each slot
-  int32_t row[kBlock];        // number of that row
-  int32_t order[kBlock];      // slots, grouped by node
+  int32_t row[kBlock];  // of each slot
+  int32_t order[kBlock];
   int32_t right[kBlock];
   float logit[kBlock];
-  Group groups[2][kBlock];
+  Group groups[2][kBlock + 1];  // one more than there are: children are written before they are counted
 };
 
 // Rows per weight row in registers: as many as the register file holds.
@@ -42,75 +42,86 @@ constexpr int kRowsPerDot = 2;
 #endif
 
 template <class E, int T>
-static __attribute__((noinline)) void group_dots(const typename E::type* w, const float* const* wide,
-                                                 const int32_t* slots, int64_t width, float* out) {
-  const float* x[T];
-  for (int t = 0; t < T; ++t) x[t] = wide[slots[t]];
-  dot_tile<E, T>(w, x, width, out);
+static __attribute__((noinline)) void group_dots(const Walk<E>& w, const typename E::type* weights,
+                                                 const int32_t* rows, const int32_t* slots, float* out) {
+  const int64_t width = w.shape->in_width;
+  const typename E::type* x[T];
+  for (int t = 0; t < T; ++t) x[t] = w.x + rows[slots[t]] * width;
+  dot_tile<E, T>(weights, x, width, out);
 }
 
 // Logits of the slots of one group. `is_first` says that nobody has touched these rows of x before.
 template <class E>
-static void group_logits(const typename E::type* w, const float* const* wide, const int32_t* slots, int count,
-                         int64_t width, bool is_first, float* out) {
+static void group_logits(const Walk<E>& w, const typename E::type* weights, const int32_t* rows,
+                         const int32_t* slots, int count, bool is_first, float* out) {
+  const int64_t width = w.shape->in_width;
   int i = 0;
   for (; i + kRowsPerDot <= count; i += kRowsPerDot) {
     if (is_first)
       for (int t = i + kAhead * kRowsPerDot; t < i + (kAhead + 1) * kRowsPerDot && t < count; ++t)
-        prefetch_row(wide[slots[t]], width * (int64_t)sizeof(float));
-    group_dots<E, kRowsPerDot>(w, wide, slots + i, width, out + i);
+        prefetch_row(w.x + rows[slots[t]] * width, width * (int64_t)sizeof(typename E::type));
+    group_dots<E, kRowsPerDot>(w, weights, rows, slots + i, out + i);
   }
   if (kRowsPerDot > 4 && i + 4 <= count) {
-    group_dots<E, 4>(w, wide, slots + i, width, out + i);
+    group_dots<E, 4>(w, weights, rows, slots + i, out + i);
     i += 4;
   }
-  for (; i + 2 <= count; i += 2) group_dots<E, 2>(w, wide, slots + i, width, out + i);
-  if (i < count) group_dots<E, 1>(w, wide, slots + i, width, out + i);
+  for (; i + 2 <= count; i += 2) group_dots<E, 2>(w, weights, rows, slots + i, out + i);
+  if (i < count) group_dots<E, 1>(w, weights, rows, slots + i, out + i);
 }
 
-// Walks levels [first_level, end_level) of one tree for the `count` rows of the block, all at `start` when they
-// begin; leaves the node that each reached, a leaf if end_level is past the last level.
+// Computes a group's logits and splits it: its rows that go left come first. Appends the children that have rows to
+// `next` and returns how many those are.
+template <class E>
+static int split_group(const Walk<E>& w, BlockScratch& block, const Group& group, int64_t tree, int level,
+                       bool is_first, Group* next) {
+  const Shape& s = *w.shape;
+  const int64_t weight_row = tree * s.nodes() + ((int64_t)1 << level) - 1 + group.node;
+  const bool decides = level < s.depth;
+  int32_t* slots = block.order + group.begin;
+  const int size = group.end - group.begin;
+  group_logits<E>(w, w.weight_in + weight_row * s.in_width, block.row, slots, size, is_first, block.logit);
+  const float bias = w.bias_in ? E::widen(w.bias_in[weight_row]) : 0.0f;
+  int lefts = 0, rights = 0;
+  for (int i = 0; i < size; ++i) {
+    const int32_t slot = slots[i];
+    const float logit = w.bias_in ? block.logit[i] + bias : block.logit[i];
+    w.logits[(block.row[slot] * s.trees + tree) * s.levels() + level] = logit;
+    const bool goes_right = decides && logit > 0.0f;
+    block.right[rights] = slot;
+    slots[lefts] = slot;
+    rights += goes_right;
+    lefts += !goes_right;
+  }
+  for (int i = 0; i < rights; ++i) slots[lefts + i] = block.right[i];
+  const uint32_t child = decides ? 2 * group.node : group.node;
+  int children = 0;
+  next[children] = {child, group.begin, group.begin + lefts};
+  children += lefts > 0;  // no branch: which children have rows is anybody's guess
+  next[children] = {child + 1, group.begin + lefts, group.end};
+  children += rights > 0;
+  return children;
+}
+
+// Walks levels [first_level, end_level) of one tree for the first `count` rows of the block, all at node `start`;
+// leaves the node that each reached, a leaf if end_level is past the last level.
 template <class E>
 static void walk_block(const Walk<E>& w, BlockScratch& block, int count, int64_t tree, uint32_t start,
                        int first_level, int end_level) {
   const Shape& s = *w.shape;
-  const int64_t width = s.in_width, row_bytes = width * (int64_t)sizeof(typename E::type);
+  const int64_t row_bytes = s.in_width * (int64_t)sizeof(typename E::type);
   for (int i = 0; i < count; ++i) block.order[i] = i;
-  Group* groups = block.groups[0];
-  Group* next = block.groups[1];
+  Group *groups = block.groups[0], *next = block.groups[1];
   int num_groups = 1;
   groups[0] = {start, 0, count};
   for (int level = first_level; level < end_level; ++level) {
     const int64_t level_row = tree * s.nodes() + ((int64_t)1 << level) - 1;
-    const typename E::type* level_weights = w.weight_in + level_row * width;
-    const bool decides = level < s.depth;
-    const bool is_first = E::kWideIsRow && level == first_level;
+    const char* weights = (const char*)(w.weight_in + level_row * s.in_width);
+    for (int g = 0; g < num_groups && g < kAhead; ++g) prefetch_row(weights + groups[g].node * row_bytes, row_bytes);
     int num_next = 0;
-    for (int g = 0; g < num_groups && g < kAhead; ++g)
-      prefetch_row(level_weights + groups[g].node * width, row_bytes);
     for (int g = 0; g < num_groups; ++g) {
-      const Group group = groups[g];
-      if (g + kAhead < num_groups) prefetch_row(level_weights + groups[g + kAhead].node * width, row_bytes);
-      int32_t* slots = block.order + group.begin;
-      const int size = group.end - group.begin;
-      group_logits<E>(level_weights + group.node * width, block.wide, slots, size, width, is_first,
-                      block.logit);
-      const float bias = w.bias_in ? E::widen(w.bias_in[level_row + group.node]) : 0.0f;
-      int lefts = 0, rights = 0;
-      for (int i = 0; i < size; ++i) {
-        const int32_t slot = slots[i];
-        const float logit = w.bias_in ? block.logit[i] + bias : block.logit[i];
-        w.logits[(block.row[slot] * s.trees + tree) * s.levels() + level] = logit;
-        const bool goes_right = decides && logit > 0.0f;
-        block.right[rights] = slot;
-        slots[lefts] = slot;
-        rights += goes_right;
-        lefts += !goes_right;
-      }
-      for (int i = 0; i < rights; ++i) slots[lefts + i] = block.right[i];
-      const uint32_t child = decides ? 2 * group.node : group.node;
-      if (lefts) next[num_next++] = {child, group.begin, group.begin + lefts};
-      if (rights) next[num_next++] = {child + 1, group.begin + lefts, group.end};
+      if (g + kAhead < num_groups) prefetch_row(weights + groups[g + kAhead].node * row_bytes, row_bytes);
+      num_next += split_group(w, block, groups[g], tree, level, level == first_level, next + num_next);
     }
     Group* done = groups;
     groups = next;
@@ -122,31 +133,6 @@ static void walk_block(const Walk<E>& w, BlockScratch& block, int count, int64_t
       w.reached[block.row[block.order[i]] * s.trees + tree] = groups[g].node;
 }
 
-// A row of x as floats in the order of the weights' pairs; element types other than float32 need `copy`.
-template <class E>
-FFF_INLINE const float* widen_row(const typename E::type* row, int64_t width, float* copy) {
-  if (E::kWideIsRow) return (const float*)row;
-  for (int64_t i = 0; i < width; i += kPair) {
-    vec a, b;
-    if (width - i < kPair)
-      E::load2_first(row + i, (int)(width - i), &a, &b);
-    else
-      E::load2(row + i, &a, &b);
-    F32::store2(copy + i, a, b);
-  }
-  return copy;
-}
-
-template <class E>
-static void load_block(const Walk<E>& w, BlockScratch& block, int count, float* copies) {
-  const int64_t width = w.shape->in_width, padded = padded_width(width);
-  for (int i = 0; i < count; ++i) {
-    if (!E::kWideIsRow && i + 2 * kAhead < count)
-      prefetch_row(w.x + block.row[i + 2 * kAhead] * width, width * (int64_t)sizeof(typename E::type));
-    block.wide[i] = widen_row<E>(w.x + block.row[i] * width, width, copies + i * padded);
-  }
-}
-
 // Levels of the first stage: as many as leave about one block of rows to a subtree.
 static int top_levels(const Shape& s) {
   int levels = 0;
@@ -154,22 +140,9 @@ static int top_levels(const Shape& s) {
   return levels == 0 ? s.depth + 1 : levels;
 }
 
-template <class E>
-struct WorkerScratch {
-  Scratch<BlockScratch> blocks;
-  Scratch<float> copies;
-  int64_t copy_size;
-  WorkerScratch(const Shape& s)
-      : blocks(s.threads),
-        copies(max64(1, s.threads * wide_size(s))),
-        copy_size(wide_size(s)) {}
-  static int64_t wide_size(const Shape& s) { return E::kWideIsRow ? 0 : kBlock * padded_width(s.in_width); }
-  bool missing() const { return blocks.missing() || copies.missing(); }
-};
-
 // Second stage: rows sorted by the node they reached, in blocks that share that node.
 template <class E>
-static Status walk_subtrees(const Walk<E>& w, WorkerScratch<E>& scratch, int level) {
+static Status walk_subtrees(const Walk<E>& w, BlockScratch* blocks, int level) {
   const Shape& s = *w.shape;
   struct Task {
     int64_t tree;
@@ -198,9 +171,8 @@ static Status walk_subtrees(const Walk<E>& w, WorkerScratch<E>& scratch, int lev
   }
   auto walk_task = [&](int64_t i, int worker) {
     const Task& task = tasks.data[i];
-    BlockScratch& block = scratch.blocks.data[worker];
+    BlockScratch& block = blocks[worker];
     for (int32_t j = 0; j < task.count; ++j) block.row[j] = task.rows[j];
-    load_block(w, block, task.count, scratch.copies.data + worker * scratch.copy_size);
     walk_block(w, block, task.count, task.tree, task.node, level, s.depth + 1);
   };
   parallel(s.threads, num_tasks, walk_task);
@@ -211,19 +183,18 @@ static Status walk_subtrees(const Walk<E>& w, WorkerScratch<E>& scratch, int lev
 template <class E>
 static Status walk(const Walk<E>& w) {
   const Shape& s = *w.shape;
-  WorkerScratch<E> scratch(s);
-  if (scratch.missing()) return kNoMemory;
+  Scratch<BlockScratch> blocks(s.threads);
+  if (blocks.missing()) return kNoMemory;
   const int end_level = top_levels(s);
   const int64_t block_rows = min64(kBlock, max64(8, ceil_div(s.num_rows, s.threads)));
   auto walk_task = [&](int64_t i, int worker) {
-    BlockScratch& block = scratch.blocks.data[worker];
+    BlockScratch& block = blocks.data[worker];
     const int count = (int)min64(block_rows, s.num_rows - i * block_rows);
     for (int j = 0; j < count; ++j) block.row[j] = (int32_t)(i * block_rows + j);
-    load_block(w, block, count, scratch.copies.data + worker * scratch.copy_size);
     for (int64_t tree = 0; tree < s.trees; ++tree) walk_block(w, block, count, tree, 0, 0, end_level);
   };
   parallel(s.threads, ceil_div(s.num_rows, block_rows), walk_task);
-  return end_level > s.depth ? kDone : walk_subtrees(w, scratch, end_level);
+  return end_level > s.depth ? kDone : walk_subtrees(w, blocks.data, end_level);
 }
 
 }  // namespace FFF_ISA

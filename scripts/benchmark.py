@@ -35,8 +35,8 @@ def main() -> None:
     options = Options(threads, sections, arguments.quick, arguments.trained_model, arguments.text)
     machine = describe(threads)
     print(machine, flush=True)
-    rows = run(options, machine, lambda text: print(text, flush=True))
-    write_report(rows, machine, arguments.output_dir)
+    rows, changes = run(options, machine, lambda text: print(text, flush=True))
+    write_report(rows, changes, machine, arguments.output_dir)
     print(f"\nwritten to {arguments.output_dir}")
     wrong = [row for row in rows if "MISMATCH" in row.match]
     if wrong:

@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForMaskedLM
 
 from fastbert_hf.benchmarks import layer, models
 from fastbert_hf.benchmarks.plots import plot_speedup_against_depth, plot_time_per_token
+from fastbert_hf.benchmarks.routing import RoutingChange, format_routing, routing_changes, text_batch
 from fastbert_hf.benchmarks.rows import Row, format_table
 from fastbert_hf.fff_layer import FastFeedForward
 
@@ -90,10 +91,7 @@ def paths_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
 def trained_problem(folder: str, text: str, tokens: int) -> layer.LayerProblem:
     """The middle layer of a trained model and what real text feeds it."""
     model = AutoModelForMaskedLM.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    length = model.config.max_position_embeddings
-    ids = tokenizer(Path(text).read_text(encoding="utf-8")[: 40 * tokens], add_special_tokens=False)["input_ids"]
-    ids = torch.tensor(ids[: min(tokens, len(ids)) // length * length]).view(-1, length)
+    ids, _ = text_batch(folder, text, tokens)
     ffn = model.base_model.layers[model.config.num_hidden_layers // 2].ffn
     assert isinstance(ffn, FastFeedForward)
     seen: list[torch.Tensor] = []
@@ -170,7 +168,7 @@ SECTIONS: dict[str, Callable[[Options, dict], Iterator[list[Row]]]] = {
 QUICK_SECTIONS = ["forward", "bfloat16", "training", "models"]
 
 
-def run(options: Options, machine: dict, report: Callable[[str], None]) -> list[Row]:
+def run(options: Options, machine: dict, report: Callable[[str], None]) -> tuple[list[Row], list[RoutingChange]]:
     """Run the sections, reporting every group of rows as soon as it is measured."""
     ceilings = {int(threads): values for threads, values in machine["ceilings"].items()}
     rows: list[Row] = []
@@ -181,14 +179,20 @@ def run(options: Options, machine: dict, report: Callable[[str], None]) -> list[
             report(format_table(group))
             if any(row.busy for row in group):
                 report("warning: other processes kept this machine busy; rows marked (busy) are not to be quoted")
-    return rows
+    changes: list[RoutingChange] = []
+    if options.trained_model and options.text:
+        changes = routing_changes(options.trained_model, options.text)
+        report("\n## routing on real text\n\n" + format_routing(changes))
+    return rows, changes
 
 
-def write_report(rows: list[Row], machine: dict, folder: Path) -> None:
+def write_report(rows: list[Row], changes: list[RoutingChange], machine: dict, folder: Path) -> None:
     """results.json, a Markdown table and the plots, written to temporary names and renamed."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({"machine": machine, "rows": [row.as_dict() for row in rows]}, indent=1)
-    for name, text in (("results.json", content), ("results.md", format_table(rows) + "\n")):
+    routing = [asdict(change) for change in changes]
+    content = json.dumps({"machine": machine, "rows": [row.as_dict() for row in rows], "routing": routing}, indent=1)
+    tables = "\n\n".join([format_table(rows), *([format_routing(changes)] if changes else [])]) + "\n"
+    for name, text in (("results.json", content), ("results.md", tables)):
         temporary = folder / f".{name}"
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(folder / name)

@@ -5,12 +5,14 @@ import shutil
 
 import pytest
 import torch
+from transformers import BertTokenizer
 
-from fastbert_hf import FastFeedForward
+from fastbert_hf import FastBertConfig, FastBertForMaskedLM, FastFeedForward
 from fastbert_hf.benchmarks import forms, layer, models
 from fastbert_hf.benchmarks.levels import NAMES, compile_levels, level_form
+from fastbert_hf.benchmarks.routing import RoutingChange, routing_changes, text_batch
 from fastbert_hf.benchmarks.rows import format_table
-from fastbert_hf.benchmarks.suite import Options, run, trained_problem, write_report
+from fastbert_hf.benchmarks.suite import Options, trained_problem, write_report
 from fastbert_hf.benchmarks.timing import BusyMeter, Timing, interleaved
 from tests import oracle
 
@@ -113,16 +115,57 @@ def test_the_busy_meter_does_not_count_ourselves():
     assert 0 <= meter.stop() <= 1.5
 
 
+@pytest.fixture
+def trained_folder(tmp_path):
+    """A model, its tokenizer and a text in one folder."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(95))]
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(words)}, model_max_length=16)
+    config = FastBertConfig(
+        vocab_size=100,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        fff_depth=4,
+        fff_trees=2,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    FastBertForMaskedLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "text.txt").write_text(" ".join(f"word{i * i % 95}" for i in range(400)))
+    return tmp_path
+
+
+def test_routing_changes_are_counted(trained_folder):
+    changes = {c.variant: c for c in routing_changes(str(trained_folder), str(trained_folder / "text.txt"), 320)}
+    assert {"reference, bfloat16", "reference, autocast bfloat16"} <= set(changes)
+    for change in changes.values():
+        assert 0 <= change.paths <= change.tokens <= 1
+    assert 0 < changes["reference, bfloat16"].paths < 0.5  # rounding to 8 bits moves some decisions, not most
+    if "native, float32" in changes:
+        assert changes["native, float32"].tokens < 0.01
+    with pytest.raises(ValueError, match="expected at least one sequence of 16"):
+        text_batch(str(trained_folder), str(trained_folder / "text.txt"), 3)
+
+
+def test_a_trained_layer_and_its_text_are_a_problem(trained_folder):
+    problem = trained_problem(str(trained_folder), str(trained_folder / "text.txt"), 64)
+    assert problem.x.shape == (64, 32) and problem.match(problem.y).startswith("ok")
+
+
 def test_the_report_holds_rows_machine_and_plots(tmp_path):
     pytest.importorskip("matplotlib")
     options = Options(threads=[1], sections=["forward"], quick=True)
     rows = layer.forward_rows(4, 1, CEILINGS, depth=2, rounds=1, compile_dense=False)
     rows += layer.forward_rows(4, 1, CEILINGS, depth=2, rounds=1, compile_dense=False, section="depth")
-    write_report(rows, {"processor": "test"}, tmp_path)
+    changes = [RoutingChange("native, bfloat16", 0.1, 0.2, 0.3, 0.4)]
+    write_report(rows, changes, {"processor": "test"}, tmp_path)
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["machine"]["processor"] == "test" and len(written["rows"]) == len(rows)
+    assert written["routing"][0]["paths"] == 0.1
     assert {"median_ms", "spread", "speedup", "match", "us_per_token"} <= set(written["rows"][0])
     assert format_table(rows) in (tmp_path / "results.md").read_text()
     for plot in ("time-per-token.png", "speedup-depth.png"):
         assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
-    assert options.rounds == 5 and callable(run) and callable(trained_problem)
+    assert options.rounds == 5

@@ -92,12 +92,12 @@ static void logit_gradients(const Shape& s, const PathSum<E>& out, const typenam
       vectors[t] = grad_y + rows[i + t] * out.width;
       memcpy(some_logits + t * levels, logits + (rows[i + t] * s.trees + tree) * levels, levels * sizeof(float));
     }
-    if (i + size < count) {  // fetch what comes next: its vector, and what its path does not share
-      const uint32_t next = out.leaves[rows[i + size] * s.trees + tree];
-      const int64_t row_bytes = out.width * (int64_t)sizeof(typename E::type);
-      prefetch_row(grad_y + rows[i + size] * out.width, row_bytes);
-      for (int64_t level = next == leaf ? levels : first_difference(next, leaf, s.depth); level < levels; ++level)
-        prefetch_row(out.weight + (tree * s.nodes() + node_on_path(next, s.depth, level)) * out.width, row_bytes);
+    // fetch what rows some steps ahead need: their vector, and what their path does not share with the row before
+    for (int ahead = i + 2 * kAhead; ahead < i + 2 * kAhead + size && ahead < count; ++ahead) {
+      prefetch_row(grad_y + rows[ahead] * out.width, out.width * (int64_t)sizeof(typename E::type));
+      const uint32_t next = out.leaves[rows[ahead] * s.trees + tree];
+      const uint32_t before = out.leaves[rows[ahead - 1] * s.trees + tree];
+      if (next != before) prefetch_path(out, tree, next, before, 0, out.width);
     }
     if (size == 2)
       leaf_dots<E, 2>(path, levels, vectors, out.width, dots);

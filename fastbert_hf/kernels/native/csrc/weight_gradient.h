@@ -37,6 +37,7 @@ constexpr int kStripPairs = 1;
 #endif
 constexpr int kStrip = kStripPairs * kPair;  // columns whose accumulators fit the registers, for six levels
 constexpr int kLevelTile = 6;
+constexpr int kVectorsAhead = 16;
 
 // What one pass over a segment needs besides the problem.
 struct Segment {
@@ -47,7 +48,39 @@ struct Segment {
   int64_t tree;
 };
 
-// carry[level][column]: sums of nodes that began in earlier segments
+// sum[l] += scale[l] * vector
+template <class E, int L, int C, bool PARTIAL>
+FFF_INLINE void add_vector(const typename E::type* vector, const float* scale, int n, vec (&sum)[L][2 * C]) {
+  vec v[2 * C];
+#pragma GCC unroll 16
+  for (int c = 0; c < C; ++c) {
+    if (PARTIAL)
+      E::load2_first(vector, n, &v[0], &v[1]);
+    else
+      E::load2(vector + c * kPair, &v[2 * c], &v[2 * c + 1]);
+  }
+#pragma GCC unroll 16
+  for (int l = 0; l < L; ++l) {
+    const vec a = broadcast(scale[l]);
+#pragma GCC unroll 16
+    for (int c = 0; c < 2 * C; ++c) sum[l][c] = fma(a, v[c], sum[l][c]);
+  }
+}
+
+template <class E, int C, bool PARTIAL>
+FFF_INLINE void write_sum(typename E::type* out, const vec (&sum)[2 * C], bool streams, int n) {
+#pragma GCC unroll 16
+  for (int c = 0; c < C; ++c) {
+    if (PARTIAL)
+      E::store2_first(out, sum[0], sum[1], n);
+    else if (streams)
+      E::stream2(out + c * kPair, sum[2 * c], sum[2 * c + 1]);
+    else
+      E::store2(out + c * kPair, sum[2 * c], sum[2 * c + 1]);
+  }
+}
+
+// Levels [level, level + L) of one segment; carry[level][column] are sums of nodes that began in earlier segments.
 template <class E, int L, int C, bool PARTIAL>
 static __attribute__((noinline)) void sum_segment(const WeightGradient<E>& g, const Segment& segment, int64_t level,
                                                   int64_t column, int n, float* carry, int64_t carry_stride) {
@@ -60,26 +93,16 @@ static __attribute__((noinline)) void sum_segment(const WeightGradient<E>& g, co
     for (int c = 0; c < 2 * C; ++c) sum[l][c] = zero();
   }
   const int64_t visits = g.trees * g.levels, visit = segment.tree * g.levels + level;
+  const typename E::type* vectors = g.vectors + column;
+  const int32_t last_row = segment.runs[segment.num_runs - 1].end - 1;
   for (int r = 0; r < segment.num_runs; ++r) {
     const Run run = segment.runs[r];
     for (int32_t i = run.begin; i < run.end; ++i) {
+      if (level == 0)  // later levels find the vectors in cache
+        prefetch_row(vectors + segment.rows[min64(i + kVectorsAhead, last_row)] * g.width,
+                     C * kPair * (int64_t)sizeof(typename E::type));
       const int64_t row = segment.rows[i];
-      const typename E::type* vector = g.vectors + row * g.width + column;
-      const float* scale = g.coefficients + row * visits + visit;
-      vec v[2 * C];
-#pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) {
-        if (PARTIAL)
-          E::load2_first(vector, n, &v[0], &v[1]);
-        else
-          E::load2(vector + c * kPair, &v[2 * c], &v[2 * c + 1]);
-      }
-#pragma GCC unroll 16
-      for (int l = 0; l < L; ++l) {
-        const vec a = broadcast(scale[l]);
-#pragma GCC unroll 16
-        for (int c = 0; c < 2 * C; ++c) sum[l][c] = fma(a, v[c], sum[l][c]);
-      }
+      add_vector<E, L, C, PARTIAL>(vectors + row * g.width, g.coefficients + row * visits + visit, n, sum);
     }
     const bool ends = r + 1 == segment.num_runs;
     const int first_done = ends ? segment.last_shared : segment.runs[r + 1].first_new;
@@ -98,16 +121,7 @@ static __attribute__((noinline)) void sum_segment(const WeightGradient<E>& g, co
         continue;
       }
       const int64_t node = segment.tree * g.nodes + node_on_path(run.leaf, g.depth, level + l);
-      typename E::type* out = g.gradient + node * g.width + column;
-#pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) {
-        if (PARTIAL)
-          E::store2_first(out, sum[l][0], sum[l][1], n);
-        else if (g.streams)
-          E::stream2(out + c * kPair, sum[l][2 * c], sum[l][2 * c + 1]);
-        else
-          E::store2(out + c * kPair, sum[l][2 * c], sum[l][2 * c + 1]);
-      }
+      write_sum<E, C, PARTIAL>(g.gradient + node * g.width + column, sum[l], g.streams, n);
 #pragma GCC unroll 16
       for (int c = 0; c < 2 * C; ++c) sum[l][c] = zero();
     }

@@ -45,6 +45,7 @@ setup(
     ext_modules=[Extension("fastbert_hf.kernels.native.libfff", sources=SOURCES, optional=True)],
     package_data={
         "fastbert_hf.benchmarks": ["*.cpp"],
+        "fastbert_hf.hub": ["model_card.md"],
         "fastbert_hf.kernels.native": ["csrc/*", "build_failure.txt"],
     },
     cmdclass={"build_ext": build_native},

@@ -19,6 +19,7 @@ LEVELS = [
     ("crammed",),
     ("__init__",),
     ("data",),
+    ("hub",),
     ("training",),
     ("benchmarks",),
 ]

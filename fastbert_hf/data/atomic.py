@@ -52,8 +52,10 @@ def staged_folder(target: str | Path, last: str = "config.json") -> Iterator[Pat
         target.mkdir(exist_ok=True)
         if (stage / last).exists():
             (target / last).unlink(missing_ok=True)
-        for file in sorted(stage.iterdir(), key=lambda file: (file.name == last, file.name)):
-            os.replace(file, target / file.name)
+        names = [file.relative_to(stage) for file in stage.rglob("*") if not file.is_dir()]
+        for name in sorted(names, key=lambda name: (name == Path(last), name)):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(stage / name, target / name)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 

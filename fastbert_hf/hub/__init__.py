@@ -1,0 +1,1 @@
+"""To and from the Hugging Face Hub: push, pull, convert, and the model card."""

@@ -1,0 +1,220 @@
+"""The model card: `model_card.md` filled with what the model's folder knows. What is not known is left out."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from fastbert_hf.configuration_fastbert import FastBertConfig
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+WHOLE_MODEL = "whole encoder, inference"  # section of the benchmark
+SUMMARY, RECIPE = "summary.json", "recipe.json"
+PIPELINES = {
+    "FastBertModel": ("feature-extraction", "AutoModel"),
+    "FastBertForMaskedLM": ("fill-mask", "AutoModelForMaskedLM"),
+    "FastBertForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
+    "FastBertForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
+    "FastBertForQuestionAnswering": ("question-answering", "AutoModelForQuestionAnswering"),
+    "FastBertForMultipleChoice": ("multiple-choice", "AutoModelForMultipleChoice"),
+}
+METRICS = {
+    "accuracy": "accuracy",
+    "f1": "f1",
+    "matthews_correlation": "matthews correlation",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
+}
+METRIC_IDS = {"pearson": "pearsonr", "spearman": "spearmanr"}  # as https://hf.co/metrics calls them
+KEPT_METADATA = ("license", "license_name", "license_link", "language", "base_model", "datasets")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file.
+
+    Raises:
+        ValueError: the file is not a JSON object.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(file)!r} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(file)!r} holds {type(content).__name__}; expected a JSON object")
+    return content
+
+
+def kept_metadata(folder: Path) -> dict[str, Any]:
+    """Licence, language, base model and data sets that the folder's own README.md declares."""
+    file = folder / "README.md"
+    if not file.is_file():
+        return {}
+    _, marker, rest = file.read_text(encoding="utf-8").partition("---\n")
+    try:
+        header = yaml.safe_load(rest.partition("\n---")[0]) if marker else None
+    except yaml.YAMLError:
+        return {}
+    return {name: header[name] for name in KEPT_METADATA if header.get(name)} if isinstance(header, dict) else {}
+
+
+def evaluation_results(summary: Mapping[str, Any]) -> list[EvalResult]:
+    """What a training summary measured, in the form of the Hub's model-index."""
+    results = []
+    task = summary.get("task")
+    for key in summary:
+        metric, split = _metric(key)
+        if task is None or metric is None:
+            continue
+        own = task == "own"
+        results.append(
+            EvalResult(
+                task_type="text-classification",
+                dataset_type="own" if own else "nyu-mll/glue",
+                dataset_name="own data" if own else f"GLUE {task}",
+                dataset_config=None if own else task,
+                dataset_split=split,
+                metric_type=METRIC_IDS.get(metric, metric),
+                metric_name=METRICS[metric],
+                metric_value=round(summary[key], 4),
+            )
+        )
+    if "validation_loss" in summary:
+        results.append(
+            EvalResult(
+                task_type="fill-mask",
+                dataset_type="held-out",
+                dataset_name="held-out part of the training text",
+                metric_type="loss",
+                metric_name="cross-entropy of masked tokens, in nats",
+                metric_value=round(summary["validation_loss"], 4),
+            )
+        )
+    return results
+
+
+def _metric(key: str) -> tuple[str | None, str]:
+    """(metric, split) of a summary's key: "f1" or, with several splits, "accuracy_validation_matched"."""
+    for metric in METRICS:
+        if key == metric or key.startswith(f"{metric}_"):
+            return metric, key[len(metric) + 1 :] or "validation"
+    return None, ""
+
+
+def results_table(summary: Mapping[str, Any]) -> str:
+    """Results beside the baselines they must be read with; empty if nothing was measured."""
+    rows = []
+    for key in summary:
+        metric, split = _metric(key)
+        if metric is not None and "task" in summary:
+            baseline = summary.get(f"majority_{key}")
+            score = "" if baseline is None else f"{baseline:.4f} (most frequent answer)"
+            rows.append(f"| {summary['task']}, {split} | {METRICS[metric]} | {summary[key]:.4f} | {score} |")
+    if "validation_loss" in summary:
+        baseline = summary.get("unigram_loss")
+        score = "" if baseline is None else f"{baseline:.4f} (token frequencies)"
+        rows.append(f"| masked tokens of held-out text | nats | {summary['validation_loss']:.4f} | {score} |")
+    return "\n".join(["| on | measure | this model | baseline |", "|---|---|---|---|", *rows]) if rows else ""
+
+
+def training_text(summary: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+    """What is recorded of the training run, one row a value."""
+    counts = ("steps", "tokens_seen", "train_tokens", "train_examples", "train_seconds")
+    rows = {**{name: summary.get(name) for name in counts}, **recipe}
+    if "seed" not in rows:
+        rows["seed"] = summary.get("seed")
+    known = {name: value for name, value in rows.items() if value not in (None, "", [], {})}
+    lines = [f"| {name} | {f'{value:,}' if type(value) is int else value} |" for name, value in known.items()]
+    return "\n".join(["| | |", "|---|---|", *lines]) if lines else ""
+
+
+def speed_table(file: Path, config: FastBertConfig) -> str:
+    """Figures of `scripts/benchmark.py`: rows whose result was checked, on a machine that was not busy.
+
+    Args:
+        file: its results.json.
+        config: the model's configuration; whole models are measured in the published geometry only.
+
+    Raises:
+        ValueError: no such file, or figures of another geometry or none of whole models.
+    """
+    if not file.is_file():
+        raise ValueError(f"no benchmark results in {str(file)!r}; expected a results.json of scripts/benchmark.py")
+    for name in ("ffn_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "fff_depth", "fff_trees"):
+        value, measured = getattr(config, name), getattr(FastBertConfig(), name)
+        if value != measured:
+            raise ValueError(f"{str(file)!r} measures models with {name} {measured}; this model has {value}")
+    content = read_json(file)
+    rows = [
+        f"| {row['case']} tokens | {row['threads']} | {row['dtype']} | {row['median_ms']:.4g} | "
+        f"{row['speedup']:.3g} times the speed of {row['baseline']} |"
+        for row in content.get("rows", ())
+        if (row["section"], row["entry"]) == (WHOLE_MODEL, "FastBERT")
+        and not (row["busy"] or "MISMATCH" in row["match"])
+    ]
+    if not rows:
+        raise ValueError(f"{str(file)!r} has no figure of a whole model that could be quoted; run it again, alone")
+    machine = {name: content.get("machine", {}).get(name) for name in ("processor", "torch", "commit")}
+    described = ", ".join(f"{name} {value}" for name, value in machine.items() if value)
+    head = ["| case | threads | dtype | ms a call | |", "|---|---|---|---|---|"]
+    return "\n".join([f"Measured with `scripts/benchmark.py` on {described}.", "", *head, *rows])
+
+
+def render_card(
+    folder: Path,
+    config: FastBertConfig,
+    architecture: str,
+    parameters: int,
+    repo: str,
+    license: str | None = None,
+    speed: Path | None = None,
+) -> str:
+    """Render the card of a model.
+
+    Args:
+        folder: read for summary.json and recipe.json of a training run, and README.md for licence and origin.
+        config: the model's configuration.
+        architecture: name of its class.
+        parameters: number of values, tied ones once.
+        repo: NAMESPACE/NAME it will be found under.
+        license: the Hub's name of a licence, in place of what README.md declares.
+        speed: results.json of `scripts/benchmark.py`.
+
+    Returns:
+        README.md, header included.
+
+    Raises:
+        ValueError: a file that is not what it should be.
+    """
+    summary, recipe = read_json(folder / SUMMARY), read_json(folder / RECIPE)
+    metadata = kept_metadata(folder) | ({"license": license} if license else {})
+    pipeline, auto_class = PIPELINES[architecture]
+    name = repo.rpartition("/")[2]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=pipeline,
+        tags=["fastbert", "fast-feedforward"],
+        model_name=name,
+        eval_results=evaluation_results(summary) or None,
+        **metadata,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        model_id=repo,
+        auto_class=auto_class,
+        parameters=f"{parameters:,}",
+        labels=", ".join(config.id2label.values()) if pipeline.endswith("classification") else "",
+        has_tokenizer=(folder / "tokenizer_config.json").is_file(),
+        training=training_text(summary, recipe),
+        results=results_table(summary),
+        speed=speed_table(speed, config) if speed else "",
+        neurons_per_token=config.neurons_per_token,
+        neurons_per_layer=config.neurons_per_layer,
+        **config.to_dict(),
+    )
+    return str(card).rstrip() + "\n"

@@ -1,0 +1,257 @@
+"""Putting a model on the Hub: rights first, then one commit of everything a stranger needs, then the proof."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    RepoFile,
+    constants,
+    get_token,
+    snapshot_download,
+)
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+from fastbert_hf.hub.access import check_write_access, explained, patiently
+from fastbert_hf.hub.card import render_card
+from fastbert_hf.hub.files import (
+    INDEX,
+    LICENCE_FILES,
+    TOKENIZER_FILES,
+    checksum,
+    expected_checksum,
+    is_pickled,
+    largest_difference,
+    load_model,
+    readable_size,
+    sample_outputs,
+)
+
+
+@dataclass
+class PushOptions:
+    """How a model is pushed; the names are those of the command line."""
+
+    private: bool = False
+    revision: str | None = None
+    create_pr: bool = False
+    commit_message: str = "Upload FastBERT model"
+    license: str | None = None
+    benchmark: Path | None = None
+    max_shard_size: str = "5GB"
+
+
+@dataclass
+class Pushed:
+    """What was pushed.
+
+    Attributes:
+        commit: the commit that holds the files; a new one, or the last one if nothing had changed.
+        changed: whether a commit was made.
+        url: where people see it.
+        sizes: bytes of every file, by path.
+        difference: maximal absolute difference between the outputs of the folder and of the pushed model.
+    """
+
+    repo: str
+    commit: str
+    changed: bool
+    url: str
+    sizes: dict[str, int]
+    difference: float
+
+
+@dataclass
+class Prepared:
+    """A folder as it will be on the Hub, and what its model computes."""
+
+    folder: Path
+    outputs: list[torch.Tensor] = field(default_factory=list)
+
+    def files(self) -> list[Path]:
+        """All files; the weights first, the card last."""
+        rank = {".safetensors": 0, ".md": 2}
+        return sorted(self.folder.iterdir(), key=lambda file: (rank.get(file.suffix, 1), file.name))
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file, in the order of `files`."""
+        return {file.name: file.stat().st_size for file in self.files()}
+
+
+@contextmanager
+def prepared(source: Path, repo: str, options: PushOptions) -> Iterator[Prepared]:
+    """Write what will be pushed into a temporary folder; the same model gives the same bytes every time.
+
+    Args:
+        source: folder of a model in either layout.
+        repo: NAMESPACE/NAME, for the card.
+        options: shards, licence, figures.
+
+    Raises:
+        ValueError: `source` holds no whole FastBERT, or a file that would be pushed holds the token.
+    """
+    source = Path(source)
+    with tempfile.TemporaryDirectory(prefix="fastbert-push-") as temporary:
+        stage = Path(temporary)
+        model = load_model(source)
+        model.save_pretrained(stage, max_shard_size=options.max_shard_size)
+        for name in (*TOKENIZER_FILES, *LICENCE_FILES):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, stage / name)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        card = render_card(
+            source, model.config, type(model).__name__, parameters, repo, options.license, options.benchmark
+        )
+        (stage / "README.md").write_text(card, encoding="utf-8")
+        check_no_token(stage)
+        yield Prepared(stage, sample_outputs(model))
+
+
+def check_no_token(folder: Path) -> None:
+    """Check that no text file of a folder holds the user's token.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    token = get_token()
+    for file in folder.rglob("*"):
+        if token and file.is_file() and file.suffix != ".safetensors" and token.encode() in file.read_bytes():
+            raise ValueError(f"{file.name} holds your Hub token; expected none. Remove it, and revoke the token")
+
+
+def push(source: str | Path, repo: str, options: PushOptions) -> Pushed:
+    """Push the model of a folder, then load the pushed revision and compare it.
+
+    One commit holds everything, so that no reader sees half of it. What has not changed is not sent; parts of an
+    interrupted push that arrived are not sent again.
+
+    Args:
+        source: folder of a FastBERT or crammedBERT model, with or without tokenizer.
+        repo: NAMESPACE/NAME, or NAME in one's own namespace.
+        options: see `PushOptions`.
+
+    Raises:
+        ValueError: missing token or rights, a bad folder, a conflict, or a pushed model that differs.
+    """
+    if options.create_pr and options.revision not in (None, "main"):
+        raise ValueError(f"--create_pr opens against main; got --revision {options.revision!r} too")
+    api = HfApi()
+    repo = check_write_access(api, repo) if not options.create_pr else _check_token(api, repo)
+    head = _head(api, repo, options)
+    with prepared(Path(source), repo, options) as folder:
+        if head is None:
+            head = _create(api, repo, options)
+        with explained(repo, options.revision):
+            pushed = _commit(api, repo, options, folder, head)
+        verify(api, folder, pushed)
+    return pushed
+
+
+def _check_token(api: HfApi, repo: str) -> str:
+    """Anybody with a token may propose changes."""
+    with explained(repo):
+        user = patiently(api.whoami)
+    return repo if "/" in repo else f"{user['name']}/{repo}"
+
+
+def _head(api: HfApi, repo: str, options: PushOptions) -> str | None:
+    """The commit that the push starts from; None if repository or branch are still to be made.
+
+    Raises:
+        ValueError: a public repository where a private one is asked for, or none to propose changes to.
+    """
+    with explained(repo):
+        try:
+            info = patiently(api.model_info, repo)
+        except RepositoryNotFoundError:
+            if options.create_pr:
+                raise
+            return None
+    if options.private and not info.private:
+        raise ValueError(f"{repo} exists and is public; --private only works for a new repository")
+    if options.revision is None:
+        return info.sha
+    with explained(repo):
+        try:
+            return patiently(api.model_info, repo, revision=options.revision).sha
+        except RevisionNotFoundError:
+            return None
+
+
+def _create(api: HfApi, repo: str, options: PushOptions) -> str:
+    with explained(repo, options.revision):
+        patiently(api.create_repo, repo, private=options.private or None, exist_ok=True)
+        if options.revision is not None:
+            patiently(api.create_branch, repo, branch=options.revision, exist_ok=True)
+        return patiently(api.model_info, repo, revision=options.revision).sha
+
+
+def _commit(api: HfApi, repo: str, options: PushOptions, folder: Prepared, head: str) -> Pushed:
+    files = folder.files()
+    names = {file.name for file in files}
+    operations: list[CommitOperationAdd | CommitOperationDelete] = []
+    for path in patiently(api.list_repo_files, repo, revision=head):
+        # what an earlier push left and would now contradict the weights; everything else is not ours to remove
+        stale = path.endswith(".safetensors") or path == INDEX or is_pickled(path)
+        if stale and "/" not in path and path not in names:
+            operations.append(CommitOperationDelete(path_in_repo=path))
+    operations += [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file) for file in files]
+    info = api.create_commit(
+        repo,
+        operations,
+        commit_message=options.commit_message,
+        revision=options.revision,
+        create_pr=options.create_pr,
+        parent_commit=head,
+    )
+    url = str(info.pr_url or info.commit_url)
+    return Pushed(repo, info.oid, info.oid != head, url, folder.sizes(), float("nan"))
+
+
+def verify(api: HfApi, folder: Prepared, pushed: Pushed) -> None:
+    """Download the pushed commit anew, compare every file's checksum and the model's outputs.
+
+    Raises:
+        ValueError: naming the file, or the difference of the outputs.
+    """
+    repo = pushed.repo
+    with explained(repo, pushed.commit), tempfile.TemporaryDirectory(prefix="fastbert-verify-") as cache:
+        listing = patiently(lambda: list(api.list_repo_tree(repo, revision=pushed.commit)))
+        entries = {entry.path: entry for entry in listing if isinstance(entry, RepoFile)}
+        names = [file.name for file in folder.files()]
+        again = patiently(
+            snapshot_download,
+            repo,
+            revision=pushed.commit,
+            cache_dir=cache,
+            allow_patterns=names,
+            force_download=True,
+        )
+        for file in folder.files():
+            if file.name not in entries:
+                raise ValueError(f"{file.name} did not arrive in {repo} at {pushed.commit}")
+            kind, expected = expected_checksum(entries[file.name])
+            if not checksum(file, kind) == expected == checksum(Path(again, file.name), kind):
+                raise ValueError(f"{file.name} in {repo} at {pushed.commit} differs from what was pushed; push again")
+        pushed.difference = largest_difference(folder.outputs, sample_outputs(load_model(Path(again))))
+    if pushed.difference != 0:
+        raise ValueError(f"the model in {repo} at {pushed.commit} gives other outputs: by {pushed.difference:g}")
+
+
+def file_lines(sizes: dict[str, int]) -> list[str]:
+    """A table of files and sizes for people."""
+    width = max(map(len, sizes))
+    total = f"{'in all':<{width}}  {readable_size(sum(sizes.values())):>9}"
+    return [*(f"{name:<{width}}  {readable_size(size):>9}" for name, size in sizes.items()), total]
+
+
+def endpoint() -> str:
+    """The Hub that is spoken to."""
+    return constants.ENDPOINT

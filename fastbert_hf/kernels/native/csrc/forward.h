@@ -17,6 +17,7 @@ static Status forward_few(const Shape& s, const ForwardTensors& tensors) {
   typedef const typename E::type* In;
   constexpr int64_t kOnStack = 64;
   const int64_t visits = s.visits(), out_bytes = s.out_width * (int64_t)sizeof(typename E::type);
+  const int64_t in_bytes = s.in_width * (int64_t)sizeof(typename E::type);
   float few_coefficients[kOnStack];
   In few_rows[kOnStack];
   Scratch<float> many_coefficients(visits > kOnStack ? visits : 0);
@@ -33,11 +34,14 @@ static Status forward_few(const Shape& s, const ForwardTensors& tensors) {
         const int64_t row = tree * s.nodes() + ((int64_t)1 << level) - 1 + node;
         const int64_t visit = tree * s.levels() + level;
         rows[visit] = (In)tensors.weight_out + row * s.out_width;
-        prefetch_row(rows[visit], out_bytes);
+        const int64_t first_child = tree * s.nodes() + ((int64_t)2 << level) - 1 + 2 * (int64_t)node;
+        if (level < s.depth)  // both children are neighbours: the one that is needed is on its way before it is known
+          prefetch_row((In)tensors.weight_in + first_child * s.in_width, 2 * in_bytes);
         float logit;
         dot_tile<E, 1>((In)tensors.weight_in + row * s.in_width, &x, s.in_width, &logit);
         if (tensors.bias_in) logit += E::widen(((In)tensors.bias_in)[row]);
         logits[visit] = logit;
+        prefetch_row(rows[visit], out_bytes);
         if (level < s.depth) node = 2 * node + (logit > 0.0f);
       }
       if (tensors.visited) write_path(node, s.depth, tensors.visited + i * visits + tree * s.levels());

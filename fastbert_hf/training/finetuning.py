@@ -19,6 +19,7 @@ from transformers import (
 from fastbert_hf.data.glue import Split, Task, load_glue, load_task_files
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.training.metrics import compute, decode_predictions, majority_baseline
+from fastbert_hf.training.publishing import check_push, prepare_folder, publish, write_recipe
 from fastbert_hf.training.runs import (
     check_checkpoint,
     check_fit,
@@ -170,6 +171,7 @@ def finetune(
         ValueError: for anything wrong in the options or the data, before training starts.
     """
     _check(model_options, args)
+    check_push(args)
     checkpoint = find_checkpoint(args, data.overwrite_output_dir)
     task, training, validations = load_task(data)
     tokenizer = load_tokenizer(model_options.tokenizer_name or model_options.model_name_or_path)
@@ -198,21 +200,26 @@ def finetune(
     )
     summary: dict[str, Any] = {"task": task.name, "train_examples": len(training), "seed": args.seed}
     if args.do_train:
-        summary |= _train(trainer, tokenizer, checkpoint, data.overwrite_output_dir)
+        summary |= _train(trainer, tokenizer, checkpoint, data)
     if args.do_eval:
         for name, rows in evaluations.items():
             split = validations[name]
             summary |= _evaluate(trainer, rows, name if len(evaluations) > 1 else "", task, training, split)
     if is_main_process(args):
         write_summary(args.output_dir, summary)
+    if args.do_train:
+        publish(trainer)
     return model, summary
 
 
-def _train(trainer: Trainer, tokenizer, checkpoint: str | None, overwrite: bool) -> dict[str, Any]:
-    if overwrite and is_main_process(trainer.args):
+def _train(trainer: Trainer, tokenizer, checkpoint: str | None, data: DataTrainingArguments) -> dict[str, Any]:
+    if data.overwrite_output_dir and is_main_process(trainer.args):
         remove_checkpoints(trainer.args.output_dir)
+    prepare_folder(trainer)
     result = train(trainer, checkpoint)
     save_model(trainer, tokenizer)
+    if is_main_process(trainer.args):
+        write_recipe(trainer.args, max_seq_length=data.max_seq_length)
     return result
 
 

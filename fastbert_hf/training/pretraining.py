@@ -22,6 +22,7 @@ from fastbert_hf.data.packing import PackedSequences, pack_documents
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.training.arguments import load_yaml
 from fastbert_hf.training.metrics import unigram_loss
+from fastbert_hf.training.publishing import check_push, prepare_folder, publish, write_recipe
 from fastbert_hf.training.runs import (
     check_checkpoint,
     check_fit,
@@ -239,6 +240,7 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
         ValueError: for anything wrong in the options, before training starts.
     """
     _check(options)
+    check_push(args)
     checkpoint = find_checkpoint(args, options.overwrite_output_dir)
     tokenizer = load_tokenizer(options.tokenizer_name or options.model_name_or_path, needs_mask=True)
     quiet_host(args)
@@ -260,6 +262,7 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     )
     if options.overwrite_output_dir and is_main_process(args):
         remove_checkpoints(args.output_dir)
+    prepare_folder(trainer)
     result = train(trainer, checkpoint)
     loss = trainer.evaluate()["eval_loss"]
     if not math.isfinite(loss):
@@ -276,6 +279,14 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seed": args.seed,
     }
-    if is_main_process(args):
-        write_summary(args.output_dir, summary)
+    _finish(trainer, options, summary)
     return model, summary
+
+
+def _finish(trainer: Trainer, options: PretrainingArguments, summary: dict[str, Any]) -> None:
+    """Write recipe and summary into the output folder and, where that is asked for, push it."""
+    if is_main_process(trainer.args):
+        recorded = ("max_seq_length", "mlm_probability", "disable_dropout")
+        write_recipe(trainer.args, **{name: getattr(options, name) for name in recorded})
+        write_summary(trainer.args.output_dir, summary)
+    publish(trainer)

@@ -73,9 +73,9 @@ class FastBertPreTrainedModel(PreTrainedModel):
                 `ignore_mismatched_sizes` asks for new ones in their place.
         """
         if kwargs.get("output_loading_info") or kwargs.get("key_mapping"):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            return cls._from_safetensors(pretrained_model_name_or_path, *args, **kwargs)
         replace_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
+        model, info = cls._from_safetensors(
             pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
         problems = []
@@ -91,6 +91,20 @@ class FastBertPreTrainedModel(PreTrainedModel):
                 f"the tensors in {pretrained_model_name_or_path} do not fit its configuration: {'; '.join(problems)}"
             )
         return model
+
+    @classmethod
+    def _from_safetensors(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """PreTrainedModel's from_pretrained, but pickled weights, which can run code when opened, are never read."""
+        reason = "FastBERT reads safetensors only: a pickle (pytorch_model.bin) can run code when it is opened"
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError(f"use_safetensors is False; expected None or True. {reason}")
+        kwargs["use_safetensors"] = True
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except OSError as error:
+            if "no file named" not in str(error) and "be loaded with `safetensors`" not in str(error):
+                raise
+            raise OSError(f"{pretrained_model_name_or_path} holds no model.safetensors. {reason}") from error
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """As in PreTrainedModel; always the native layout, whatever layout the weights were loaded from."""

@@ -14,7 +14,7 @@ from transformers import BertTokenizer
 
 from fastbert_hf import FastBertForMaskedLM
 from tests.clients.helpers import VOCABULARY, tiny_model
-from tests.hub.loopback import OWNER, LoopbackHub
+from tests.hub.loopback import OWNER, USERS, LoopbackHub
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -35,7 +35,7 @@ class Answer:
     err: str
 
     def __post_init__(self):
-        for token in ("hf_" + letter * 34 for letter in "ors"):
+        for token in USERS:
             assert token not in self.out + self.err, "a token was printed"
 
 

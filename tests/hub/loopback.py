@@ -17,8 +17,13 @@ from http.server import ThreadingHTTPServer
 
 from tests.hub.loopback_http import Handler
 
-OWNER, READER, STRANGER = "hf_" + "o" * 34, "hf_" + "r" * 34, "hf_" + "s" * 34
-USERS = {OWNER: ("somebody", "write"), READER: ("somebody", "read"), STRANGER: ("stranger", "write")}
+OWNER, READER, STRANGER, YOU = (f"hf_{letter * 34}" for letter in "orsy")
+USERS = {
+    OWNER: ("somebody", "write"),
+    READER: ("somebody", "read"),
+    STRANGER: ("stranger", "write"),
+    YOU: ("you", "write"),
+}
 
 
 @dataclass

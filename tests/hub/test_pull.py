@@ -127,8 +127,11 @@ def test_the_cache_answers_offline_and_is_checked_too(client, hub, repo, folder,
     printed = pulled(client, repo, tmp_path / "out")
     assert f"{repo} at {repository.branches['main']}, from the cache, offline" in printed
     assert folder_files(tmp_path / "out") == folder_files(folder)
-    assert client.python(f"import fastbert_hf; print(fastbert_hf.FastBertModel.from_pretrained({repo!r}).dtype)")
     assert "the Hub cannot be reached, and" in refused(client, repo + "-other")
+    offline = "import huggingface_hub.constants as c; c.HF_HUB_OFFLINE = "
+    client.python(offline + "True")  # as HF_HUB_OFFLINE=1 does
+    assert "from the cache, offline" in pulled(client, repo, "--revision", repository.branches["main"])
+    client.python(offline + "False")
     (blob,) = client.home.glob(f"hub/models--{repo.replace('/', '--')}/snapshots/*/model.safetensors")
     blob.resolve().write_bytes(blob.read_bytes()[:-1] + b"x")
     assert "model.safetensors" in refused(client, repo)
@@ -197,6 +200,9 @@ def test_pickles_are_neither_read_nor_downloaded(client, hub, repo, folder, tmp_
     hub.add(repo, files)
     line = refused(client, repo, tmp_path / "out2")
     assert "weights in pytorch_model.bin only: a pickle, which can run code when it is opened" in line
+    setting = "import os, fastbert_hf; os.environ['DISABLE_SAFETENSORS_CONVERSION'] = '1'\n"
+    load = f"try: fastbert_hf.FastBertModel.from_pretrained({repo!r})\nexcept OSError as error: print(error)"
+    assert "FastBERT reads safetensors only" in client.python(setting + load)
     assert not hub.requests("GET", "pytorch_model.bin") and not hub.requests("HEAD", "pytorch_model.bin")
 
 

@@ -1,0 +1,43 @@
+"""README, "From the Hub": its commands, in their order, as they stand."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from tests.clients.helpers import BLOCK_PACKAGE
+from tests.hub.conftest import ROOT, hub_environment, published_files
+from tests.hub.loopback import YOU
+
+
+def commands() -> list[list[str]]:
+    section = (ROOT / "README.md").read_text().partition("## From the Hub\n")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL)
+    return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_work_in_their_order(client, hub, tmp_path):
+    hub.add("pbelcak/UltraFastBERT-1x11-long", published_files())
+    printed = []
+    client.python(f"import os; os.chdir({str(tmp_path)!r})")
+    try:
+        for python, script, *arguments in commands():
+            assert python == "python"
+            if script == "-c":
+                (code,) = arguments
+                environment = hub_environment(hub.url, tmp_path / "home", YOU)
+                command = [sys.executable, "-c", f"{BLOCK_PACKAGE}\n{code}"]
+                subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=240)
+                continue
+            name = re.fullmatch(r"scripts/(\w+)\.py", script)[1]
+            answer = client.script(name, *arguments, token=YOU)
+            assert answer.code == 0, answer.err
+            printed.append(answer.out)
+    finally:
+        client.python(f"import os; os.chdir({str(ROOT)!r})")
+    assert [any(text in out for out in printed) for text in ("would be sent", "split", "loaded back")] == [True] * 3
+    assert hub.repositories["you/ultrafastbert"].private
+    assert (tmp_path / "runs" / "ultrafastbert" / "model.safetensors").exists()

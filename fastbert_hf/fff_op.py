@@ -20,20 +20,21 @@ import torch
 from torch import Tensor
 
 from .fff_reference import (
-    ACTIVATIONS,
     accumulation_dtype,
+    check_arguments,
     fff_backward,
     fff_forward,
     fff_traceable,
-    nodes_per_tree,
 )
 
 BACKEND_VARIABLE = "FASTBERT_BACKEND"
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Backend(Protocol):
-    """What computes the op. Shapes and dtypes as in `fff_reference.fff_forward` and `fff_backward`."""
+    """What computes the op. Shapes and dtypes as in `fff_reference.fff_forward` and `fff_backward`.
+
+    `supports` sees arguments as they come; `infer` and `forward` check them with `fff_reference.check_arguments`.
+    """
 
     name: str
 
@@ -138,45 +139,6 @@ def select_backend(
     raise AssertionError("the reference backend supports every call")
 
 
-def _check(
-    x: Tensor,
-    weight_in: Tensor,
-    bias_in: Tensor | None,
-    weight_out: Tensor,
-    trees: int,
-    depth: int,
-    activation: str,
-) -> None:
-    """Raise a ValueError that names the argument, its value and what was expected."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
-    if trees < 1 or depth < 0:
-        raise ValueError(f"trees is {trees} and depth is {depth}; expected trees >= 1 and depth >= 0")
-    if x.dim() != 2 or weight_in.dim() != 2 or weight_out.dim() != 2:
-        raise ValueError(
-            "x, weight_in and weight_out must be matrices; their shapes are "
-            f"{tuple(x.shape)}, {tuple(weight_in.shape)} and {tuple(weight_out.shape)}"
-        )
-    rows = trees * nodes_per_tree(depth)
-    if weight_in.shape[0] != rows or weight_out.shape[0] != rows:
-        raise ValueError(
-            f"{trees} trees of depth {depth} have {rows} nodes; weight_in has {weight_in.shape[0]} rows and "
-            f"weight_out has {weight_out.shape[0]}"
-        )
-    if weight_in.shape[1] != x.shape[1]:
-        raise ValueError(f"x is {x.shape[1]} wide and weight_in {weight_in.shape[1]}; expected equal widths")
-    if bias_in is not None and bias_in.shape != (rows,):
-        raise ValueError(f"bias_in has shape {tuple(bias_in.shape)}; expected ({rows},)")
-    tensors = [t for t in (x, weight_in, bias_in, weight_out) if t is not None]
-    if any(t.dtype != x.dtype for t in tensors) or x.dtype not in FLOAT_DTYPES:
-        raise ValueError(
-            f"dtypes are {[str(t.dtype) for t in tensors]}; expected one of "
-            f"{', '.join(str(dtype) for dtype in FLOAT_DTYPES)} for all (or torch.autocast)"
-        )
-    if any(t.device != x.device for t in tensors):
-        raise ValueError(f"devices are {[str(t.device) for t in tensors]}; expected one device for all")
-
-
 def _register_op() -> None:
     """Register `fastbert::fff_v1` and its backward once a process.
 
@@ -194,13 +156,12 @@ def _register_op() -> None:
         depth: int,
         activation: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        _check(x, weight_in, bias_in, weight_out, trees, depth, activation)
         backend = select_backend(x, weight_in, weight_out, trees, depth, activation)
         return backend.forward(x, weight_in, bias_in, weight_out, trees, depth, activation)
 
     @op.register_fake
     def _(x, weight_in, bias_in, weight_out, trees, depth, activation):
-        _check(x, weight_in, bias_in, weight_out, trees, depth, activation)
+        check_arguments(x, weight_in, bias_in, weight_out, trees, depth, activation)
         paths = (x.shape[0], trees, depth + 1)
         return (
             x.new_empty(x.shape[0], weight_out.shape[1]),
@@ -316,10 +277,9 @@ def fff(
             declines.
     """
     if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
-        _check(x, weight_in, bias_in, weight_out, trees, depth, activation)
+        check_arguments(x, weight_in, bias_in, weight_out, trees, depth, activation)
         return fff_traceable(x, weight_in, bias_in, weight_out, trees, depth, activation)
     if _runs_directly(x, weight_in, bias_in, weight_out):
-        _check(x, weight_in, bias_in, weight_out, trees, depth, activation)
         backend = select_backend(x, weight_in, weight_out, trees, depth, activation)
         return backend.infer(x, weight_in, bias_in, weight_out, trees, depth, activation)
     return torch.ops.fastbert.fff_v1(x, weight_in, bias_in, weight_out, trees, depth, activation)[0]

@@ -18,6 +18,7 @@ from torch import Tensor
 # cache holds (measured: 256 to 1024 are equally fast, 4096 is 5 times slower).
 GATHERED_ROWS = 512
 
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda logits: F.gelu(logits, approximate="tanh"),
@@ -41,6 +42,64 @@ def nodes_per_tree(depth: int) -> int:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_arguments(
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    trees: int,
+    depth: int,
+    activation: str,
+) -> None:
+    """Check the arguments of the op; every backend does so before it computes.
+
+    Raises:
+        ValueError: names the argument, its value and what was expected.
+    """
+    dtype, device = x.dtype, x.device
+    rows = trees * ((2 << depth) - 1) if depth >= 0 else 0
+    if (  # all is well: the rest only finds the words, which would take longer than a kernel at N = 1
+        activation in ACTIVATIONS
+        and rows > 0
+        and x.dim() == 2
+        and weight_in.shape == (rows, x.shape[1])
+        and weight_out.dim() == 2
+        and weight_out.shape[0] == rows
+        and dtype in FLOAT_DTYPES
+        and weight_in.dtype == dtype
+        and weight_out.dtype == dtype
+        and weight_in.device == device
+        and weight_out.device == device
+        and (bias_in is None or (bias_in.shape == (rows,) and bias_in.dtype == dtype and bias_in.device == device))
+    ):
+        return
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if trees < 1 or depth < 0:
+        raise ValueError(f"trees is {trees} and depth is {depth}; expected trees >= 1 and depth >= 0")
+    if x.dim() != 2 or weight_in.dim() != 2 or weight_out.dim() != 2:
+        raise ValueError(
+            "x, weight_in and weight_out must be matrices; their shapes are "
+            f"{tuple(x.shape)}, {tuple(weight_in.shape)} and {tuple(weight_out.shape)}"
+        )
+    if weight_in.shape[0] != rows or weight_out.shape[0] != rows:
+        raise ValueError(
+            f"{trees} trees of depth {depth} have {rows} nodes; weight_in has {weight_in.shape[0]} rows and "
+            f"weight_out has {weight_out.shape[0]}"
+        )
+    if weight_in.shape[1] != x.shape[1]:
+        raise ValueError(f"x is {x.shape[1]} wide and weight_in {weight_in.shape[1]}; expected equal widths")
+    if bias_in is not None and bias_in.shape != (rows,):
+        raise ValueError(f"bias_in has shape {tuple(bias_in.shape)}; expected ({rows},)")
+    tensors = [t for t in (x, weight_in, bias_in, weight_out) if t is not None]
+    if any(t.dtype != x.dtype for t in tensors) or x.dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"dtypes are {[str(t.dtype) for t in tensors]}; expected one of "
+            f"{', '.join(str(dtype) for dtype in FLOAT_DTYPES)} for all (or torch.autocast)"
+        )
+    raise ValueError(f"devices are {[str(t.device) for t in tensors]}; expected one device for all")
 
 
 def parameter_rows(nodes: Tensor, depth: int) -> Tensor:
@@ -97,7 +156,10 @@ def fff_forward(
     Returns:
         y (N, H_out) in the dtype of x; visited nodes (N, P, D+1) int32; their logits (N, P, D+1) in the
         accumulation dtype.
+    Raises:
+        ValueError: as `check_arguments`.
     """
+    check_arguments(x, weight_in, bias_in, weight_out, trees, depth, activation)
     num_rows = x.shape[0]
     visited = x.new_zeros(num_rows, trees, depth + 1, dtype=torch.int32)
     logits = x.new_zeros(num_rows, trees, depth + 1, dtype=accumulation_dtype(x.dtype))

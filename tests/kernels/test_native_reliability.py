@@ -156,16 +156,22 @@ def test_declines_with_a_reason(native, change, reason):
 def test_wrong_arguments_raise(native):
     problem = make_problem(4, 8, 6, 1, 2)
     x, (weight_in, bias_in, weight_out, *_) = problem.x, problem.parameters()
-    for wrong in (
-        (x, weight_in[:-1], bias_in, weight_out),
-        (x, weight_in[:, :-1], bias_in, weight_out),
-        (x, weight_in, bias_in[:-1], weight_out),
-        (x, weight_in, bias_in, weight_out[:-1]),
-        (x, weight_in.double(), bias_in, weight_out),
-        (x, weight_in, bias_in.bfloat16(), weight_out),
+    for wrong, reason in (
+        ((x, weight_in[:-1], bias_in, weight_out), "weight_in has 6 rows"),
+        ((x, weight_in[:, :-1], bias_in, weight_out), "x is 8 wide and weight_in 7"),
+        ((x, weight_in, bias_in[:-1], weight_out), "bias_in has shape"),
+        ((x, weight_in, bias_in, weight_out[:-1]), "weight_out has 6"),
+        ((x, weight_in.double(), bias_in, weight_out), "dtypes are"),
+        ((x, weight_in, bias_in.bfloat16(), weight_out), "dtypes are"),
+        ((x, weight_in, bias_in.to("meta"), weight_out), "devices are"),
     ):
-        with pytest.raises(ValueError, match="expected weight_in"):
+        with pytest.raises(ValueError, match=reason):
             native.infer(*wrong, 1, 2, "gelu")
+        with pytest.raises(ValueError, match=reason):
+            native.forward(*wrong, 1, 2, "gelu")
+    for trees, depth, activation in ((0, 2, "gelu"), (1, -1, "gelu"), (1, 2, "tanh")):
+        with pytest.raises(ValueError, match="expected"):
+            native.infer(x, weight_in, bias_in, weight_out, trees, depth, activation)
     _, visited, logits = native.forward(x, *problem.parameters())
     rest = (x, weight_in, bias_in, weight_out)
     with pytest.raises(ValueError, match="grad_y"):

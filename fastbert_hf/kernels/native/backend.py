@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fastbert_hf.fff_reference import check_arguments
+
 from .library import load_library, why_unavailable
 
 ACTIVATION_CODES = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}
@@ -51,9 +53,11 @@ class NativeBackend:
         return None
 
     def infer(self, x, weight_in, bias_in, weight_out, trees, depth, activation) -> Tensor:
+        check_arguments(x, weight_in, bias_in, weight_out, trees, depth, activation)
         return self._run(x, weight_in, bias_in, weight_out, trees, depth, activation, None, None)
 
     def forward(self, x, weight_in, bias_in, weight_out, trees, depth, activation):
+        check_arguments(x, weight_in, bias_in, weight_out, trees, depth, activation)
         paths = (x.shape[0], trees, depth + 1)
         visited, logits = x.new_empty(paths, dtype=torch.int32), x.new_empty(paths, dtype=torch.float32)
         y = self._run(
@@ -66,16 +70,7 @@ class NativeBackend:
         if self._forward is None:
             self._load()
         num_rows, in_width = x.shape
-        nodes, out_width = weight_out.shape
-        dtype = x.dtype
-        if (
-            weight_in.shape != (nodes, in_width)
-            or nodes != trees * ((2 << depth) - 1)
-            or weight_in.dtype != dtype
-            or weight_out.dtype != dtype
-            or (bias_in is not None and not (bias_in.dtype == dtype and bias_in.shape == (nodes,) and bias_in.is_cpu))
-        ):
-            _raise_mismatch(x, weight_in, bias_in, weight_out, trees, depth)
+        out_width = weight_out.shape[1]
         y = x.new_empty((num_rows, out_width))
         if num_rows == 0:
             return y
@@ -99,7 +94,7 @@ class NativeBackend:
             trees,
             depth,
             ACTIVATION_CODES[activation],
-            DTYPE_CODES[dtype],
+            DTYPE_CODES[x.dtype],
             torch.get_num_threads(),
         )
         if status:
@@ -113,15 +108,7 @@ class NativeBackend:
             self._load()
         _check_paths(grad_y, x, weight_out, visited, logits)
         num_rows, trees, levels = logits.shape
-        parameters = (weight_in, weight_out) if bias_in is None else (weight_in, weight_out, bias_in)
-        nodes = trees * ((1 << levels) - 1)
-        if (
-            weight_in.shape != (nodes, x.shape[1])
-            or weight_out.shape[0] != nodes
-            or (bias_in is not None and bias_in.shape != (nodes,))
-            or any(t.dtype != x.dtype for t in parameters)
-        ):
-            _raise_mismatch(x, weight_in, bias_in, weight_out, trees, levels - 1)
+        check_arguments(x, weight_in, bias_in, weight_out, trees, levels - 1, activation)
         inputs = (x, weight_in, bias_in, weight_out)
         allocate = torch.empty if num_rows else torch.zeros
         gradients = [
@@ -146,19 +133,6 @@ class NativeBackend:
         if status:
             _raise_status(status)
         return gradients
-
-
-def _raise_mismatch(
-    x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, trees: int, depth: int
-) -> None:
-    """The kernels trust sizes and dtypes: where these do not fit they would read past a buffer."""
-    nodes = trees * ((2 << depth) - 1)
-    tensors = [t for t in (x, weight_in, bias_in, weight_out) if t is not None]
-    raise ValueError(
-        f"{trees} trees of depth {depth}: expected weight_in ({nodes}, {x.shape[1]}), bias_in ({nodes},) and "
-        f"weight_out ({nodes}, H_out) in the dtype of x; x and parameters are "
-        + ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors)
-    )
 
 
 def _check_paths(grad_y: Tensor, x: Tensor, weight_out: Tensor, visited: Tensor, logits: Tensor) -> None:

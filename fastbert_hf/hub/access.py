@@ -74,13 +74,13 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
         raise ValueError("no token: set HF_TOKEN or run `hf auth login`") from error
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ValueError(_failure(error, repo)) from error
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            raise ValueError(f"no room on the disk for {repo}: {error.strerror}") from error
-        if is_unreachable(error):
-            raise ValueError(f"the Hub cannot be reached for {repo}: {type(error).__name__}") from error
-        raise
+    except ValueError:
+        raise  # explained already
     except Exception as error:
+        if getattr(error, "errno", None) in NO_ROOM:
+            raise ValueError(f"no room on the disk for {repo}: {error}") from error
+        if _status(error) is not None:  # the client wraps errors of its upload threads
+            raise ValueError(_failure(error, repo)) from error
         if is_unreachable(error):
             raise ValueError(f"the Hub cannot be reached for {repo}: {type(error).__name__}") from error
         raise

@@ -78,6 +78,7 @@ def pull(repo: str, folder: str | Path | None = None, revision: str | None = Non
             pulled.conversion = convert(snapshot, stage)
         else:
             _copy(snapshot, stage, files)
+        _remove_stale_weights(pulled.folder, stage)
     return pulled
 
 
@@ -140,6 +141,8 @@ def _verify(repo: str, snapshot: Path, files: dict[str, tuple[str, str]]) -> Non
     """Check every file; a wrong one is removed from the cache, so that the next attempt takes it anew."""
     for path, (kind, expected) in files.items():
         file = snapshot / path
+        if not file.is_file():
+            raise ValueError(f"{path} of {repo} did not arrive; run the command again")
         actual = checksum(file, kind)
         if actual != expected:
             file.resolve().unlink()
@@ -154,3 +157,11 @@ def _copy(snapshot: Path, target: Path, files: Iterable[str]) -> None:
     for path in files:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(snapshot / path, target / path)
+
+
+def _remove_stale_weights(target: Path, stage: Path) -> None:
+    """Remove weights that an earlier pull left and that would be read in place of the new ones."""
+    for file in target.glob("model*.safetensors*"):
+        if not (stage / file.name).exists():
+            (target / "config.json").unlink(missing_ok=True)  # until the new one is there, nothing loads
+            file.unlink()

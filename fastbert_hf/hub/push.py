@@ -145,11 +145,10 @@ def push(source: str | Path, repo: str, options: PushOptions) -> Pushed:
     api = HfApi()
     repo = check_write_access(api, repo) if not options.create_pr else _check_token(api, repo)
     head = _head(api, repo, options)
-    with prepared(Path(source), repo, options) as folder:
+    with explained(repo, options.revision), prepared(Path(source), repo, options) as folder:
         if head is None:
             head = _create(api, repo, options)
-        with explained(repo, options.revision):
-            pushed = _commit(api, repo, options, folder, head)
+        pushed = _commit(api, repo, options, folder, head)
         verify(api, folder, pushed)
     return pushed
 
@@ -186,11 +185,10 @@ def _head(api: HfApi, repo: str, options: PushOptions) -> str | None:
 
 
 def _create(api: HfApi, repo: str, options: PushOptions) -> str:
-    with explained(repo, options.revision):
-        patiently(api.create_repo, repo, private=options.private or None, exist_ok=True)
-        if options.revision is not None:
-            patiently(api.create_branch, repo, branch=options.revision, exist_ok=True)
-        return patiently(api.model_info, repo, revision=options.revision).sha
+    patiently(api.create_repo, repo, private=options.private or None, exist_ok=True)
+    if options.revision is not None:
+        patiently(api.create_branch, repo, branch=options.revision, exist_ok=True)
+    return patiently(api.model_info, repo, revision=options.revision).sha
 
 
 def _commit(api: HfApi, repo: str, options: PushOptions, folder: Prepared, head: str) -> Pushed:
@@ -222,7 +220,7 @@ def verify(api: HfApi, folder: Prepared, pushed: Pushed) -> None:
         ValueError: naming the file, or the difference of the outputs.
     """
     repo = pushed.repo
-    with explained(repo, pushed.commit), tempfile.TemporaryDirectory(prefix="fastbert-verify-") as cache:
+    with tempfile.TemporaryDirectory(prefix="fastbert-verify-") as cache:
         listing = patiently(lambda: list(api.list_repo_tree(repo, revision=pushed.commit)))
         entries = {entry.path: entry for entry in listing if isinstance(entry, RepoFile)}
         names = [file.name for file in folder.files()]

@@ -46,7 +46,7 @@ def header(text):
 @pytest.mark.parametrize("name", PIPELINES)
 def test_what_is_not_known_is_left_out(tmp_path, name):
     text = card(tmp_path, name=name)
-    for section in ("## Training", "## Results", "## Speed", "## Limitations", "license", "model-index", "datasets"):
+    for section in ("## Training", "## Results", "## Speed", "license", "model-index", "datasets"):
         assert section not in text
     assert "{{" not in text and "{%" not in text and "None" not in text and "AutoTokenizer" not in text
     assert header(text)["pipeline_tag"] == PIPELINES[name][0] and f"import {PIPELINES[name][1]}\n" in text

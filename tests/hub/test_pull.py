@@ -184,6 +184,19 @@ def test_a_full_disk_leaves_no_half_a_model(client, hub, repo, folder, tmp_path)
     assert folder_files(tmp_path / "out") == folder_files(folder)
 
 
+def test_pulling_another_model_into_the_same_folder_leaves_only_the_new_weights(client, hub, repo, folder, tmp_path):
+    hub.add(repo, folder_files(folder))
+    pulled(client, repo, tmp_path / "out")
+    other = tiny_model(FastBertForMaskedLM, seed=1)
+    other.save_pretrained(tmp_path / "shards", max_shard_size="30KB")
+    hub.add(repo, folder_files(tmp_path / "shards"))
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    pulled(client, repo, tmp_path / "out")
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert not (tmp_path / "out" / "model.safetensors").exists() and (tmp_path / "out" / "mine.txt").exists()
+
+
 class Bomb:
     def __reduce__(self):
         return (print, ("a pickle was opened",))

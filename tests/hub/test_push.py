@@ -92,6 +92,21 @@ def test_an_interrupted_push_sends_only_what_did_not_arrive(client, hub, repo, f
     assert set(newest(hub, repo)[2]) >= EVERYTHING
 
 
+def test_shards_that_arrived_before_the_interruption_are_not_sent_again(client, hub, repo, folder):
+    hub.fail("PUT", "/upload/", 403)
+    assert "may not do this" in refused(client, folder, repo, "--max_shard_size", "30KB")
+    (arrived,) = hub.lfs
+    pushed(client, folder, repo, "--max_shard_size", "30KB")
+    shards = {blob.sha256 for blob in newest(hub, repo)[2].values() if blob.lfs}
+    stored = [path.rpartition("/")[2] for method, path, status in hub.log if method == "PUT" and status == 200]
+    assert len(shards) == 2 and stored[0] == arrived and set(stored[1:]) == shards - {arrived}
+
+
+def test_a_name_without_a_namespace_is_one_s_own(client, hub, repo, folder):
+    _, _, name = repo.partition("/")
+    assert f"{repo} at " in pushed(client, folder, name)
+
+
 def test_an_upload_that_breaks_off_is_sent_again(client, hub, repo, folder):
     hub.fail("PUT", "/upload/", "cut")
     pushed(client, folder, repo)

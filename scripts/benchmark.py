@@ -35,10 +35,10 @@ def main() -> None:
     options = Options(threads, sections, arguments.quick, arguments.trained_model, arguments.text)
     machine = describe(threads)
     print(machine, flush=True)
-    rows, changes = run(options, machine, lambda text: print(text, flush=True))
-    write_report(rows, changes, machine, arguments.output_dir)
+    measured = run(options, machine, lambda text: print(text, flush=True))
+    write_report(measured, machine, arguments.output_dir)
     print(f"\nwritten to {arguments.output_dir}")
-    wrong = [row for row in rows if "MISMATCH" in row.match]
+    wrong = [row for row in measured.rows if "MISMATCH" in row.match]
     if wrong:
         sys.exit(f"{len(wrong)} timed results do not match the reference")
 

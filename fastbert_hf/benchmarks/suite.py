@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForMaskedLM
 
 from fastbert_hf.benchmarks import layer, models
+from fastbert_hf.benchmarks.memory import MemoryRow, format_memory, memory_rows
 from fastbert_hf.benchmarks.plots import plot_speedup_against_depth, plot_time_per_token
 from fastbert_hf.benchmarks.routing import RoutingChange, format_routing, routing_changes, text_batch
 from fastbert_hf.benchmarks.rows import Row, format_table
@@ -38,11 +39,11 @@ class Options:
 
 
 def forward_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
-    sizes = (1, 128, 2048) if options.quick else (1, 4, 16, 64, 128, 512, 1024, 2048, 4096, 16384)
+    sizes = (1, 128, 2048) if options.quick else (1, 16, 128, 512, 1024, 2048, 4096, 16384)
     for threads in options.threads:
         for tokens in sizes:
             yield layer.forward_rows(
-                tokens, threads, ceilings[threads], rounds=options.rounds, compile_dense=not options.quick
+                tokens, threads, ceilings[threads], rounds=options.rounds, compile_dense=tokens <= 4096
             )
 
 
@@ -103,7 +104,7 @@ def trained_problem(folder: str, text: str, tokens: int) -> layer.LayerProblem:
 
 def depth_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
     for threads in options.threads:
-        for depth in (3, 7, 11) if options.quick else range(2, 13):
+        for depth in (3, 7, 11) if options.quick else (2, 4, 6, 8, 9, 10, 11, 12):
             yield layer.forward_rows(
                 2048,
                 threads,
@@ -116,18 +117,18 @@ def depth_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
 
 
 def grid_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
-    for threads in options.threads:
-        for trees, depth in [*PAPER_GRID, (1, 11)]:
-            yield layer.forward_rows(
-                256,
-                threads,
-                ceilings[threads],
-                depth=depth,
-                trees=trees,
-                section="grid",
-                rounds=3,
-                compile_dense=False,
-            )
+    threads = max(options.threads)
+    for trees, depth in [*PAPER_GRID, (1, 11)]:
+        yield layer.forward_rows(
+            256,
+            threads,
+            ceilings[threads],
+            depth=depth,
+            trees=trees,
+            section="grid",
+            rounds=5,
+            compile_dense=False,
+        )
 
 
 def training_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
@@ -150,8 +151,9 @@ def model_training_section(options: Options, ceilings: dict) -> Iterator[list[Ro
 
 def alternatives_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
     for threads in options.threads:
-        for batch in (1,) if options.quick else (1, 8):
-            yield models.alternatives_rows(batch, 128, threads)
+        yield models.alternatives_rows(1, 128, threads)
+    if not options.quick:
+        yield models.alternatives_rows(8, 128, max(options.threads))
 
 
 SECTIONS: dict[str, Callable[[Options, dict], Iterator[list[Row]]]] = {
@@ -164,35 +166,57 @@ SECTIONS: dict[str, Callable[[Options, dict], Iterator[list[Row]]]] = {
     "models": models_section,
     "model-training": model_training_section,
     "alternatives": alternatives_section,
+    "memory": lambda options, ceilings: iter(()),  # not times: see `run`
 }
-QUICK_SECTIONS = ["forward", "bfloat16", "training", "models"]
+QUICK_SECTIONS = ["forward", "bfloat16", "training", "models", "memory"]
 
 
-def run(options: Options, machine: dict, report: Callable[[str], None]) -> tuple[list[Row], list[RoutingChange]]:
+@dataclass
+class Measurements:
+    """Everything a run measured."""
+
+    rows: list[Row] = field(default_factory=list)
+    memory: list[MemoryRow] = field(default_factory=list)
+    routing: list[RoutingChange] = field(default_factory=list)
+
+    def as_dict(self) -> dict:
+        return {
+            "rows": [row.as_dict() for row in self.rows],
+            "memory": [asdict(row) for row in self.memory],
+            "routing": [asdict(change) for change in self.routing],
+        }
+
+    def tables(self) -> str:
+        parts = [(self.rows, format_table), (self.memory, format_memory), (self.routing, format_routing)]
+        return "\n\n".join(form(rows) for rows, form in parts if rows) + "\n"
+
+
+def run(options: Options, machine: dict, report: Callable[[str], None]) -> Measurements:
     """Run the sections, reporting every group of rows as soon as it is measured."""
+    measured = Measurements()
     ceilings = {int(threads): values for threads, values in machine["ceilings"].items()}
-    rows: list[Row] = []
     for name in options.sections:
         report(f"\n## {name}\n")
+        if name == "memory":
+            measured.memory = memory_rows()
+            report(format_memory(measured.memory))
+            continue
         for group in SECTIONS[name](options, ceilings):
-            rows += group
+            measured.rows += group
             report(format_table(group))
             if any(row.busy for row in group):
                 report("warning: other processes kept this machine busy; rows marked (busy) are not to be quoted")
-    changes: list[RoutingChange] = []
     if options.trained_model and options.text:
-        changes = routing_changes(options.trained_model, options.text)
-        report("\n## routing on real text\n\n" + format_routing(changes))
-    return rows, changes
+        measured.routing = routing_changes(options.trained_model, options.text)
+        report("\n## routing on real text\n\n" + format_routing(measured.routing))
+    return measured
 
 
-def write_report(rows: list[Row], changes: list[RoutingChange], machine: dict, folder: Path) -> None:
-    """results.json, a Markdown table and the plots, written to temporary names and renamed."""
+def write_report(measured: Measurements, machine: dict, folder: Path) -> None:
+    """results.json, Markdown tables and the plots, written to temporary names and renamed."""
     folder.mkdir(parents=True, exist_ok=True)
-    routing = [asdict(change) for change in changes]
-    content = json.dumps({"machine": machine, "rows": [row.as_dict() for row in rows], "routing": routing}, indent=1)
-    tables = "\n\n".join([format_table(rows), *([format_routing(changes)] if changes else [])]) + "\n"
-    for name, text in (("results.json", content), ("results.md", tables)):
+    content = json.dumps({"machine": machine, **measured.as_dict()}, indent=1)
+    for name, text in (("results.json", content), ("results.md", measured.tables())):
         temporary = folder / f".{name}"
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(folder / name)
@@ -200,5 +224,5 @@ def write_report(rows: list[Row], changes: list[RoutingChange], machine: dict, f
         ("time-per-token.png", plot_time_per_token, "forward"),
         ("speedup-depth.png", plot_speedup_against_depth, "depth"),
     ):
-        if any(row.section == section for row in rows):
-            plot(rows, folder / name)
+        if any(row.section == section for row in measured.rows):
+            plot(measured.rows, folder / name)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from transformers import BertTokenizer
 from fastbert_hf import FastBertConfig, FastBertForMaskedLM, FastFeedForward
 from fastbert_hf.benchmarks import forms, layer, models
 from fastbert_hf.benchmarks.levels import NAMES, compile_levels, level_form
+from fastbert_hf.benchmarks.memory import MemoryRow, memory_rows
 from fastbert_hf.benchmarks.routing import RoutingChange, routing_changes, text_batch
 from fastbert_hf.benchmarks.rows import format_table
-from fastbert_hf.benchmarks.suite import Options, trained_problem, write_report
+from fastbert_hf.benchmarks.suite import Measurements, Options, trained_problem, write_report
 from fastbert_hf.benchmarks.timing import BusyMeter, Timing, interleaved
 from tests import oracle
 
@@ -115,6 +117,14 @@ def test_the_busy_meter_does_not_count_ourselves():
     assert 0 <= meter.stop() <= 1.5
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_peak_memory_is_measured_above_inputs_and_output():
+    rows = {row.form: row.megabytes for row in memory_rows(tokens=2048)}
+    logits = 2048 * 4095 * 4 / 2**20  # what the dense layer holds at least once
+    assert rows["dense"] > 0.9 * logits and rows["dense-and-mask"] > 1.8 * logits
+    assert rows["reference"] < 0.7 * logits
+
+
 @pytest.fixture
 def trained_folder(tmp_path):
     """A model, its tokenizer and a text in one folder."""
@@ -160,10 +170,11 @@ def test_the_report_holds_rows_machine_and_plots(tmp_path):
     rows = layer.forward_rows(4, 1, CEILINGS, depth=2, rounds=1, compile_dense=False)
     rows += layer.forward_rows(4, 1, CEILINGS, depth=2, rounds=1, compile_dense=False, section="depth")
     changes = [RoutingChange("native, bfloat16", 0.1, 0.2, 0.3, 0.4)]
-    write_report(rows, changes, {"processor": "test"}, tmp_path)
+    measured = Measurements(rows, [MemoryRow("native", 16384, 1.5)], changes)
+    write_report(measured, {"processor": "test"}, tmp_path)
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["machine"]["processor"] == "test" and len(written["rows"]) == len(rows)
-    assert written["routing"][0]["paths"] == 0.1
+    assert written["routing"][0]["paths"] == 0.1 and written["memory"][0]["megabytes"] == 1.5
     assert {"median_ms", "spread", "speedup", "match", "us_per_token"} <= set(written["rows"][0])
     assert format_table(rows) in (tmp_path / "results.md").read_text()
     for plot in ("time-per-token.png", "speedup-depth.png"):

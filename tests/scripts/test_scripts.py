@@ -38,7 +38,7 @@ def test_quick_demo_runs_the_whole_chain(tmp_path, monkeypatch):
         torch.set_num_threads(threads)
     text = "\n".join(lines)
     assert "10 of 1023 per token and layer" in text
-    assert "unigram baseline" in text and "outputs exactly" in text
+    assert "unigram baseline" in text and "have the trained weights and give its outputs" in text
     tuned = json.loads((tmp_path / "out" / "library-classifier" / "summary.json").read_text())
     assert f"{tuned['accuracy']:.3f} on {tuned['examples']}" in text
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "library-classifier")

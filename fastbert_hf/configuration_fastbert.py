@@ -22,7 +22,7 @@ AUTO_MAP = {
 
 
 def _raise_value_errors(cls: type) -> type:
-    """Make construction and assignment raise ValueError where strict dataclasses have errors of their own."""
+    """Make construction, assignment and validation raise ValueError, not the errors of strict dataclasses."""
 
     def translated(method):
         @wraps(method)
@@ -36,6 +36,7 @@ def _raise_value_errors(cls: type) -> type:
 
     cls.__init__ = translated(cls.__init__)
     cls.__setattr__ = translated(cls.__setattr__)
+    cls.validate = translated(cls.validate)
     return cls
 
 
@@ -98,7 +99,7 @@ class FastBertConfig(PreTrainedConfig):
     norm_scheme: Literal["pre", "post"] = "pre"
     embedding_norm: bool = True
     final_norm: bool = True
-    layer_norm_eps: float = 1e-12
+    layer_norm_eps: float | int = 1e-12
     position_embedding_type: Literal["scaled_sinusoidal", "absolute"] = "scaled_sinusoidal"
     type_vocab_size: int = 0
     use_bias: bool = False
@@ -111,14 +112,12 @@ class FastBertConfig(PreTrainedConfig):
     attention_probs_dropout_prob: float | int = 0.1
     embedding_dropout_prob: float | int | None = None
     classifier_dropout: float | int = 0.1
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     pad_token_id: int | None = 0
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
-        # code travels with the weights: a model saved again must not point at the repository it was loaded from
-        given = {auto: target.rpartition("--")[2] for auto, target in (kwargs.get("auto_map") or {}).items()}
-        kwargs["auto_map"] = AUTO_MAP | given
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
 
     @classmethod

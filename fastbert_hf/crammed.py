@@ -18,6 +18,10 @@ from fastbert_hf.configuration_fastbert import FastBertConfig
 
 MODEL_TYPE = "crammedBERT"
 
+CLASS_NAMES = {
+    "ScriptableLMForPreTraining": "FastBertForMaskedLM",
+    "ScriptableLMForSequenceClassification": "FastBertForSequenceClassification",
+}
 ACTIVATION_NAMES = {"GELU": "gelu", "ReLU": "relu", "SiLU": "silu"}  # torch.nn classes
 POOLING_NAMES = {"zero_index": "cls", "avg": "mean_all", "max": "max", "lse": "lse"}
 # what the published code can vary and this model does not: the only value accepted, by path in `arch`
@@ -74,18 +78,21 @@ def native_config(config_dict: dict[str, Any]) -> dict[str, Any]:
     """
     outer = dict(config_dict)
     arch = outer.pop("arch", None)
+    outer["architectures"] = [CLASS_NAMES[name] for name in outer.get("architectures") or () if name in CLASS_NAMES]
     if not isinstance(arch, dict):
         raise ValueError(f"a {MODEL_TYPE} configuration needs a dictionary 'arch'; got {arch!r}")
     for path, allowed in FIXED_CHOICES.items():
         value = _lookup(arch, path)
         if value is not None and value not in allowed:
             raise ValueError(f"arch.{path} is {value!r}; expected {' or '.join(map(repr, allowed))}")
-    for name in ("architectures", "model_type", "vocab_size", "transformers_version"):
+    for name in ("model_type", "vocab_size", "transformers_version"):
         outer.pop(name, None)
     try:
         return {**outer, **_fields(arch)}
     except KeyError as error:
         raise ValueError(f"arch has no key {error}, which a {MODEL_TYPE} configuration needs") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"arch holds a value of the wrong type: {error}") from error
 
 
 def _fields(arch: dict[str, Any]) -> dict[str, Any]:

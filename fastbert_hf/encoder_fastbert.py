@@ -118,6 +118,7 @@ class FastBertAttention(nn.Module):
     def __init__(self, config: FastBertConfig):
         super().__init__()
         self.config = config
+        self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.dropout = config.attention_probs_dropout_prob
@@ -128,7 +129,7 @@ class FastBertAttention(nn.Module):
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
         """(B, T, H) -> (B, T, H) and, with eager attention, the weights (B, heads, T, T)."""
-        split = (*hidden.shape[:-1], -1, self.head_dim)
+        split = (*hidden.shape[:-1], self.num_heads, self.head_dim)
         query, key, value = (
             project(hidden).view(split).transpose(1, 2)  # (B, T, H) -> (B, heads, T, d)
             for project in (self.query, self.key, self.value)

@@ -7,13 +7,15 @@ from torch import Tensor, nn
 from .fff_op import fff
 from .fff_reference import ACTIVATIONS, nodes_per_tree
 
+MAX_DEPTH = 24  # 33 million nodes a tree
+
 
 class FastFeedForward(nn.Module):
     """A feed-forward layer made of binary trees of neurons; each row uses depth + 1 neurons of each tree.
 
     Args:
         in_features: width H of the input. out_features: width H_out of the output.
-        depth: D >= 0; a tree has n = 2^(D+1) - 1 nodes. trees: number P >= 1 of trees, all of them walked.
+        depth: D, 0 to 24; a tree has n = 2^(D+1) - 1 nodes. trees: number P >= 1 of trees, all of them walked.
         activation: "gelu" (exact), "gelu_tanh", "relu" or "silu".
         bias: whether nodes have a bias (`bias_in`), which takes part in decision and activation.
         initializer_range: standard deviation of the weights at initialisation.
@@ -37,14 +39,15 @@ class FastFeedForward(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        for name, value, least in (
-            ("in_features", in_features, 1),
-            ("out_features", out_features, 1),
-            ("depth", depth, 0),
-            ("trees", trees, 1),
+        for name, value, least, most in (
+            ("in_features", in_features, 1, None),
+            ("out_features", out_features, 1, None),
+            ("depth", depth, 0, MAX_DEPTH),
+            ("trees", trees, 1, None),
         ):
-            if value < least:
-                raise ValueError(f"{name} is {value}; expected at least {least}")
+            if not isinstance(value, int) or value < least or (most is not None and value > most):
+                limit = "" if most is None else f" and at most {most}"
+                raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}{limit}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
         self.in_features, self.out_features = in_features, out_features

@@ -18,6 +18,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from .fff_reference import (
     accumulation_dtype,
@@ -28,6 +30,7 @@ from .fff_reference import (
 )
 
 BACKEND_VARIABLE = "FASTBERT_BACKEND"
+PLAIN_TYPES = (Tensor, Parameter)  # subclasses may have no storage of their own, or ask for more than numbers
 
 
 class Backend(Protocol):
@@ -75,7 +78,9 @@ class ReferenceBackend:
 
 try:  # kernels live in the installed package only; code loaded from the Hub runs without them
     from fastbert_hf.kernels import KERNEL_BACKENDS
-except ImportError:
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "fastbert_hf":
+        raise
     KERNEL_BACKENDS = ()
 
 # in order of preference: the first that supports a call takes it
@@ -95,17 +100,25 @@ class use_backend:
     """
 
     def __init__(self, name: str):
-        self.previous = os.environ.get(BACKEND_VARIABLE)
         if name != "auto":
             reason = _named_backend(name).unavailable()
             if reason is not None:
                 raise ValueError(f"FFF backend {name!r} is not available: {reason}")
-        os.environ[BACKEND_VARIABLE] = name
+        self.name = name
+        self._set()
+
+    def _set(self) -> None:
+        self.previous = os.environ.get(BACKEND_VARIABLE)
+        self.chosen = True
+        os.environ[BACKEND_VARIABLE] = self.name
 
     def __enter__(self):
+        if not self.chosen:  # entered a second time
+            self._set()
         return self
 
     def __exit__(self, *exc_info):
+        self.chosen = False
         if self.previous is None:
             os.environ.pop(BACKEND_VARIABLE, None)
         else:
@@ -169,6 +182,26 @@ def _register_op() -> None:
             x.new_empty(paths, dtype=accumulation_dtype(x.dtype)),
         )
 
+    backward_op = _register_backward_op()
+
+    def setup_context(ctx, inputs, output):
+        x, weight_in, bias_in, weight_out, _, _, ctx.activation = inputs
+        _, visited, logits = output
+        ctx.mark_non_differentiable(visited, logits)
+        ctx.save_for_backward(x, weight_in, bias_in, weight_out, visited, logits)
+
+    def backward(ctx, grad_y, _grad_visited, _grad_logits):
+        output_mask = list(ctx.needs_input_grad[:4])
+        gradients = iter(backward_op(grad_y, *ctx.saved_tensors, ctx.activation, output_mask))
+        return (*(next(gradients) if wanted else None for wanted in output_mask), None, None, None)
+
+    op.register_autograd(backward, setup_context=setup_context)
+    _register_autocast()
+
+
+def _register_backward_op():
+    """Register `fastbert::fff_backward_v1`: returns the wanted gradients only, in the order of the inputs."""
+
     @torch.library.custom_op("fastbert::fff_backward_v1", mutates_args=())
     def backward_op(
         grad_y: Tensor,
@@ -193,19 +226,7 @@ def _register_op() -> None:
         inputs = (x, weight_in, bias_in, weight_out)
         return [x.new_empty(t.shape) for t, wanted in zip(inputs, output_mask) if wanted]
 
-    def setup_context(ctx, inputs, output):
-        x, weight_in, bias_in, weight_out, _, _, ctx.activation = inputs
-        _, visited, logits = output
-        ctx.mark_non_differentiable(visited, logits)
-        ctx.save_for_backward(x, weight_in, bias_in, weight_out, visited, logits)
-
-    def backward(ctx, grad_y, _grad_visited, _grad_logits):
-        output_mask = list(ctx.needs_input_grad[:4])
-        gradients = iter(backward_op(grad_y, *ctx.saved_tensors, ctx.activation, output_mask))
-        return (*(next(gradients) if wanted else None for wanted in output_mask), None, None, None)
-
-    op.register_autograd(backward, setup_context=setup_context)
-    _register_autocast()
+    return backward_op
 
 
 def _register_autocast() -> None:
@@ -240,7 +261,11 @@ def _runs_directly(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_
         or torch.is_autocast_enabled(x.device.type)
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or type(x) is not Tensor
+        or type(x) not in PLAIN_TYPES
+        or type(weight_in) not in PLAIN_TYPES
+        or type(weight_out) not in PLAIN_TYPES
+        or (bias_in is not None and type(bias_in) not in PLAIN_TYPES)
+        or x.is_neg()  # a sign that the dispatcher resolves
         or (
             torch.is_grad_enabled()
             and (
@@ -279,6 +304,8 @@ def fff(
     if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
         check_arguments(x, weight_in, bias_in, weight_out, trees, depth, activation)
         return fff_traceable(x, weight_in, bias_in, weight_out, trees, depth, activation)
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError("the FFF op has no forward-mode derivative; use reverse mode")
     if _runs_directly(x, weight_in, bias_in, weight_out):
         backend = select_backend(x, weight_in, weight_out, trees, depth, activation)
         return backend.infer(x, weight_in, bias_in, weight_out, trees, depth, activation)

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .checkpoint_fastbert import misfits
 from .configuration_fastbert import FastBertConfig
 from .encoder_fastbert import FastBertAttention, FastBertEmbeddings, FastBertLayer, sinusoidal_positions, visible_keys
 from .fff_layer import FastFeedForward
@@ -49,6 +50,10 @@ class FastBertPreTrainedModel(PreTrainedModel):
         config.validate_combinations()
         super().__init__(config, *args, **kwargs)
 
+    def post_init(self):
+        super().post_init()  # which adds what the encoder inside may ignore: a head's own tensors among it
+        self._keys_to_ignore_on_load_unexpected = set(type(self)._keys_to_ignore_on_load_unexpected)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -65,8 +70,9 @@ class FastBertPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As in PreTrainedModel, but a checkpoint that lacks encoder tensors, or holds unknown ones, is an error.
 
-        Tensors of a head may be absent (a new head is initialised) or superfluous (another head's). Callers who pass
-        `output_loading_info` or `key_mapping` judge for themselves.
+        Tensors of a head may be absent where the checkpoint is of another class (a new head is initialised) and
+        superfluous where this class has no such head. Callers who pass `output_loading_info` or `key_mapping` judge
+        for themselves.
 
         Raises:
             ValueError: missing or unexpected tensors, by name; tensors of another shape, unless
@@ -78,14 +84,7 @@ class FastBertPreTrainedModel(PreTrainedModel):
         model, info = cls._from_safetensors(
             pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-        problems = []
-        for kind in ("missing", "unexpected"):
-            names = sorted(name for name in info[f"{kind}_keys"] if not name.startswith(cls._head_prefixes))
-            if names:
-                problems.append(f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})")
-        for name, stored, expected in sorted(info["mismatched_keys"]):
-            if not replace_mismatched:
-                problems.append(f"{name} is {tuple(stored)}, expected {tuple(expected)}")
+        problems = misfits(model, info, cls._head_prefixes, replace_mismatched)
         if problems:
             raise ValueError(
                 f"the tensors in {pretrained_model_name_or_path} do not fit its configuration: {'; '.join(problems)}"
@@ -163,6 +162,11 @@ class FastBertModel(FastBertPreTrainedModel):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         hidden = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         if attention_mask is not None and attention_mask.dim() < 4:
+            if attention_mask.dim() < 2 or attention_mask.shape[-1] != hidden.shape[1]:
+                raise ValueError(
+                    f"attention_mask is {tuple(attention_mask.shape)}; expected (B, T) or (B, T, T) with T = "
+                    f"{hidden.shape[1]}"
+                )
             attention_mask = visible_keys(attention_mask)
         if attention_mask is not None and attention_mask.dim() == 3:
             attention_mask = attention_mask.unsqueeze(1)  # (B, T, T) -> (B, 1, T, T)

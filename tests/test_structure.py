@@ -15,6 +15,7 @@ LEVELS = [
     ("configuration_fastbert",),
     ("encoder_fastbert",),
     ("heads_fastbert",),
+    ("checkpoint_fastbert",),
     ("modeling_fastbert",),
     ("crammed",),
     ("__init__",),
@@ -25,6 +26,7 @@ LEVELS = [
 ]
 # files that travel to the Hub beside the weights, with torch and transformers alone
 BUNDLE = [
+    "checkpoint_fastbert",
     "configuration_fastbert",
     "encoder_fastbert",
     "fff_layer",
@@ -52,8 +54,9 @@ def imported_modules(path: Path) -> set[str]:
     """First-level names of this package that a file imports."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 1 and path.parent == PACKAGE:
-            names.add((node.module or "").split(".")[0])
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = path.parents[node.level - 1].relative_to(PACKAGE).parts  # where the dots lead
+            names |= {(*folder, *(node.module or alias.name).split("."))[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module == "fastbert_hf":
             files = {child.stem for child in PACKAGE.iterdir()}
             names |= {alias.name if alias.name in files else "__init__" for alias in node.names}
@@ -92,6 +95,16 @@ def test_bundle_files_import_siblings_torch_and_transformers_only(name):
             assert node.module.split(".")[0] in allowed | standard
         elif isinstance(node, ast.Import) and node not in guarded:
             assert {alias.name.split(".")[0] for alias in node.names} <= allowed | standard
+
+
+def test_functions_stay_small():
+    too_long = {
+        f"{path.name}:{node.name}": lines
+        for path in sources(PACKAGE) + sources(ROOT / "scripts")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and (lines := node.end_lineno - node.lineno + 1) > 60
+    }
+    assert not too_long
 
 
 def test_files_stay_small():

@@ -288,6 +288,9 @@ def test_configurations_this_model_cannot_express_are_refused():
         (change(intermed_type="moe"), "arch.intermed_type is 'moe'"),
         (change(nonlin="GELUglu"), "trees have no gated units"),
         (change(attention=config["arch"]["attention"] | {"rotary_embedding": True}), "rotary_embedding is True"),
+        (change(nonlin=5), "arch holds a value of the wrong type"),
+        (change(embedding=None), "arch holds a value of the wrong type"),
+        (change(hidden_dropout_prob=None), "arch holds a value of the wrong type"),
         ({"model_type": "crammedBERT"}, "needs a dictionary 'arch'"),
         ({"arch": {k: v for k, v in config["arch"].items() if k != "hidden_size"}}, "no key 'hidden_size'"),
     ]:

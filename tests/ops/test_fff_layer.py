@@ -45,8 +45,12 @@ def test_state_survives_copies_and_dtypes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"depth": -1}, "depth is -1; expected at least 0"),
-        ({"trees": 0}, "trees is 0; expected at least 1"),
+        ({"depth": -1}, "depth is -1; expected an integer of at least 0 and at most 24"),
+        ({"trees": 0}, "trees is 0; expected an integer of at least 1"),
+        ({"depth": "3"}, "depth is '3'; expected an integer"),
+        ({"depth": 2.5}, "depth is 2.5; expected an integer"),
+        ({"depth": 60}, "depth is 60; expected an integer of at least 0 and at most 24"),
+        ({"trees": 1.0}, "trees is 1.0; expected an integer"),
         ({"in_features": 0}, "in_features is 0"),
         ({"activation": "swish"}, "activation is 'swish'; expected one of gelu"),
     ],

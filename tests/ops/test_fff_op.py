@@ -233,6 +233,47 @@ def test_compiled_op_equals_eager_with_gradients():
         layer.zero_grad()
 
 
+class Wrapper(torch.Tensor):
+    """A tensor subclass without storage of its own, as quantised and distributed parameters are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        unwrap = lambda value: value.inner if isinstance(value, cls) else value  # noqa: E731
+        return function(*map(unwrap, args), **(kwargs or {}))
+
+
+def test_tensor_subclasses_and_negative_views_go_through_the_dispatcher():
+    x, weight_in, bias_in, weight_out = make_inputs(4, 8, 8, 1, 3, dtype=torch.float32)
+    expected = fff(x, weight_in, bias_in, weight_out, 1, 3)
+    for index in range(4):
+        call = [x, weight_in, bias_in, weight_out]
+        call[index] = Wrapper(call[index])
+        assert torch.equal(fff(*call, 1, 3), expected)
+    assert torch.equal(fff(torch._neg_view(-x), weight_in, bias_in, weight_out, 1, 3), expected)
+
+
+def test_forward_mode_derivatives_are_refused():
+    x, weight_in, bias_in, weight_out = make_inputs(4, 8, 8, 1, 3)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda x: fff(x, weight_in, bias_in, weight_out, 1, 3), (x,), (x,))
+
+
+def test_a_choice_of_backend_can_be_entered_again(monkeypatch):
+    monkeypatch.delenv("FASTBERT_BACKEND", raising=False)
+    choice = use_backend("reference")
+    for _ in range(2):
+        with choice:
+            assert os.environ["FASTBERT_BACKEND"] == "reference"
+        assert "FASTBERT_BACKEND" not in os.environ
+
+
 def test_traceable_form_equals_the_op():
     for shape in SHAPES:
         *_, trees, depth = shape

@@ -110,7 +110,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """Read a table of examples.
 
     Args:
-        path: .jsonl or .json (an object a line), .csv or .tsv (with a header line).
+        path: .jsonl or .json (an object a line), .csv or .tsv (with a header line). Fields of .csv may be quoted,
+            quotation marks in .tsv are part of the text.
 
     Returns:
         One dict a row; values of csv and tsv are strings.
@@ -125,12 +126,16 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         if path.suffix in (".jsonl", ".json"):
             rows = _json_rows(path)
         elif path.suffix in (".csv", ".tsv"):
+            # In GLUE's own .tsv files a quotation mark is a character like any other.
+            form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
             with open(path, encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+                rows = list(csv.DictReader(file, **form))
         else:
             raise ValueError(f"data file {str(path)!r} has an unknown type; wanted .jsonl, .json, .csv or .tsv")
     except UnicodeDecodeError as error:
         raise ValueError(f"data file {str(path)!r} is not UTF-8 text: {error}") from error
+    except csv.Error as error:
+        raise ValueError(f"data file {str(path)!r} is not a table of short fields: {error}") from error
     if not rows:
         raise ValueError(f"data file {str(path)!r} is empty; at least one example is wanted")
     return rows

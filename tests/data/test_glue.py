@@ -89,6 +89,7 @@ def test_missing_things_are_named(tmp_path):
         ("a.jsonl", '{"a": 1}\n{', "line 2: not a JSON object"),
         ("a.jsonl", "[1]\n", "wanted a JSON object"),
         ("a.xml", "<a/>", "unknown type"),
+        ("a.tsv", "sentence\tlabel\n" + "x" * 140_000 + "\t1\n", "field larger than field limit"),
     ],
 )
 def test_unreadable_files_are_named(tmp_path, name, content, message):
@@ -108,6 +109,13 @@ def test_own_task_in_csv_and_tsv(tmp_path):
     (tmp_path / "dev.tsv").write_text("text\tlabel\nbad\t1\n")
     with pytest.raises(ValueError, match="unknown label '1'"):
         load_task_files(None, tmp_path / "train.csv", [tmp_path / "dev.tsv"])
+
+
+def test_quotation_marks_in_tsv_are_text(tmp_path):
+    (tmp_path / "a.tsv").write_text('sentence\tlabel\n"Hello, he said.\t1\nplain\t0\n"whole"\t1\n')
+    rows = read_rows(tmp_path / "a.tsv")
+    assert [row["sentence"] for row in rows] == ['"Hello, he said.', "plain", '"whole"']
+    assert [row["label"] for row in rows] == ["1", "0", "1"]
 
 
 def test_own_task_with_fractional_labels_is_regression(tmp_path):

@@ -60,13 +60,17 @@ def docstrings(path: Path) -> Iterator[str]:
     """Extract the documentation strings of one source file.
 
     Args:
-        path: a Python source file. A file that cannot be parsed by this Python (templates, other versions,
-            other encodings) gives nothing.
+        path: a Python source file. What is no file (folders, broken links), cannot be read, or cannot be parsed by
+            this Python (templates, other versions, other encodings) gives nothing.
 
     Yields:
-        Cleaned docstrings of the module, its classes and its functions, in source order.
+        Cleaned docstrings of the module, its classes and its functions, in source order, without lone surrogates,
+        which UTF-8 cannot hold.
     """
-    source = path.read_bytes()
+    try:
+        source = path.read_bytes() if path.is_file() else b""
+    except OSError:
+        return
     if len(source) > MAX_FILE_BYTES or b'"""' not in source:
         return
     try:
@@ -79,7 +83,7 @@ def docstrings(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
             if text:
-                yield text
+                yield text.encode("utf-8", "ignore").decode("utf-8")
 
 
 def _topics() -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Documentation strings as a corpus."""
 
+from pathlib import Path
+
 import pytest
 
 from fastbert_hf.data.documentation import docstrings, documentation_corpus
@@ -36,6 +38,24 @@ def test_docstrings_of_module_classes_and_functions_are_found(tmp_path, roots):
     texts = list(docstrings(tmp_path / "alpha" / "rivers.py"))
     assert len(texts) == 4 and texts[0].startswith("A module about rivers")
     assert list(docstrings(tmp_path / "beta" / "broken.py")) == []
+
+
+def test_what_cannot_be_read_is_skipped_and_surrogates_are_dropped(tmp_path, roots, monkeypatch):
+    expected = documentation_corpus(roots=roots)
+    (tmp_path / "alpha" / "link.py").symlink_to(tmp_path / "absent.py")
+    (tmp_path / "alpha" / "folder.py").mkdir()
+    (tmp_path / "alpha" / "locked.py").write_text(SOURCE.replace("rivers", "secrets"), encoding="utf-8")
+    read = Path.read_bytes
+
+    def refuse(path):
+        if path.name == "locked.py":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert documentation_corpus(roots=roots) == expected
+    (tmp_path / "surrogate.py").write_text('"""A lone \\ud800 surrogate."""\n', encoding="utf-8")
+    assert list(docstrings(tmp_path / "surrogate.py")) == ["A lone  surrogate."]
 
 
 def test_corpus_is_deterministic_deduplicated_and_one_line_each(roots):

@@ -1,14 +1,19 @@
 """Fine-tuning a sequence classifier on one GLUE-format task."""
 
+import copy
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     EvalPrediction,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -117,26 +122,70 @@ def tokenize(split: Split, tokenizer: PreTrainedTokenizerBase, max_seq_length: i
     return Dataset.from_dict({**encoded, "labels": split.labels})
 
 
-def _classifier(model: ModelArguments, task: Task):
-    """Load configuration and weights with a head that fits the task."""
+def trained_labels(config: PreTrainedConfig, task: Task) -> tuple[str, ...] | None:
+    """The label names of a checkpoint's trained classification head, by output.
+
+    Args:
+        config: the checkpoint's configuration.
+        task: what the head is wanted for.
+
+    Returns:
+        The names; those of the task where the checkpoint has none of its own (LABEL_0 ...) or its single output is
+        a value. None without a head.
+    """
+    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        return None
+    names = tuple(str(config.id2label[index]) for index in sorted(config.id2label))
+    unnamed = all(name == f"LABEL_{index}" for index, name in enumerate(names))
+    return task.labels if len(names) == task.num_labels and (unnamed or task.is_regression) else names
+
+
+def output_order(labels: tuple[str, ...], trained: tuple[str, ...]) -> list[int] | None:
+    """Where a trained head has the labels of a task; it may write them in another case.
+
+    Args:
+        labels: the task's label names by id.
+        trained: the head's, by output.
+
+    Returns:
+        The output of each of the task's ids, or None if the names differ.
+    """
+    for spelled in (str, str.casefold):
+        wanted, found = list(map(spelled, labels)), list(map(spelled, trained))
+        if len(set(wanted)) == len(wanted) and sorted(wanted) == sorted(found):
+            return [found.index(name) for name in wanted]
+    return None
+
+
+def _classifier(model: ModelArguments, task: Task) -> tuple[PreTrainedModel, list[int]]:
+    """Load configuration and weights with a head that fits the task: (model, output of each of the task's ids)."""
     path = Path(model.model_name_or_path)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"no model in {str(path)!r}: config.json is missing")
-    names = task.labels or ("value",)
     try:
-        config = AutoConfig.from_pretrained(model.config_name or model.model_name_or_path)
-        has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-        if has_head and config.num_labels != task.num_labels and not model.ignore_mismatched_sizes:
+        stored = AutoConfig.from_pretrained(model.model_name_or_path)
+        config = AutoConfig.from_pretrained(model.config_name) if model.config_name else copy.deepcopy(stored)
+        names, order = task.labels or ("value",), list(range(task.num_labels))
+        trained = trained_labels(stored, task)
+        new_head = trained is not None and output_order(task.labels, trained) is None
+        if new_head and not model.ignore_mismatched_sizes:
             raise ValueError(
-                f"the classifier in {str(path)!r} has {config.num_labels} outputs and {task.name} wants "
-                f"{task.num_labels}; --ignore_mismatched_sizes replaces it with a new one"
+                f"the classifier in {str(path)!r} has {len(trained)} outputs ({', '.join(trained)}) and {task.name} "
+                f"wants {task.num_labels} ({', '.join(names)}); --ignore_mismatched_sizes replaces it with a new one"
             )
+        if trained and not new_head:
+            names, order = trained, output_order(task.labels, trained)
         config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in enumerate(names)}
         config.problem_type = "regression" if task.is_regression else "single_label_classification"
-        return AutoModelForSequenceClassification.from_pretrained(
+        loaded = AutoModelForSequenceClassification.from_pretrained(
             model.model_name_or_path, config=config, ignore_mismatched_sizes=model.ignore_mismatched_sizes
         )
+        if new_head:
+            fresh = AutoModelForSequenceClassification.from_config(config)
+            fresh.base_model.load_state_dict(loaded.base_model.state_dict())
+            loaded = fresh
+        return loaded, order
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"no model can be loaded from {model.model_name_or_path!r}: {reason}") from error
@@ -177,16 +226,13 @@ def finetune(
     tokenizer = load_tokenizer(model_options.tokenizer_name or model_options.model_name_or_path)
     quiet_host(args)
     set_seed(args.seed)
-    model = _classifier(model_options, task)
+    model, order = _classifier(model_options, task)
     check_fit(model.config, tokenizer, data.max_seq_length)
     check_checkpoint(checkpoint, model.config)
 
     def prepared(split: Split):
+        split = dataclasses.replace(split, labels=_by_output(split.labels, task, order))
         return tokenize(split, tokenizer, data.max_seq_length, data.pad_to_max_length)
-
-    def metrics(prediction: EvalPrediction) -> dict[str, float]:
-        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        return compute(task.metrics, decode_predictions(logits, task.is_regression), prediction.label_ids.reshape(-1))
 
     evaluations = {name: prepared(split) for name, split in validations.items()}
     trainer = Trainer(
@@ -196,7 +242,7 @@ def finetune(
         eval_dataset=next(iter(evaluations.values())),
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
-        compute_metrics=metrics,
+        compute_metrics=_metrics(task, order),
     )
     summary: dict[str, Any] = {"task": task.name, "train_examples": len(training), "seed": args.seed}
     if args.do_train:
@@ -210,6 +256,24 @@ def finetune(
     if args.do_train:
         publish(trainer)
     return model, summary
+
+
+def _by_output(labels: list, task: Task, order: list[int]) -> list:
+    """The task's label ids as outputs of the head; values stay."""
+    return labels if task.is_regression else [order[label] for label in labels]
+
+
+def _metrics(task: Task, order: list[int]) -> Callable[[EvalPrediction], dict[str, float]]:
+    """What the Trainer computes from logits and labels, both in the order of the head's outputs."""
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        references = prediction.label_ids.reshape(-1)
+        if not task.is_regression:
+            logits, references = logits[:, order], np.argsort(order)[references]  # the head's order -> the task's
+        return compute(task.metrics, decode_predictions(logits, task.is_regression), references)
+
+    return metrics
 
 
 def _train(trainer: Trainer, tokenizer, checkpoint: str | None, data: DataTrainingArguments) -> dict[str, Any]:

@@ -177,6 +177,55 @@ def test_a_head_with_other_labels_is_refused_or_replaced(pretrained, glue_dir, t
     assert summary["steps"] == 1
 
 
+@pytest.fixture(scope="module")
+def sentiment(pretrained, glue_dir, tmp_path_factory):
+    """A classifier that solves the first task, and its summary."""
+    folder = tmp_path_factory.mktemp("sentiment") / "out"
+    _, summary = run(pretrained, folder, {"task_name": "sst2", "glue_dir": glue_dir})
+    return folder, summary
+
+
+def stored_labels(source, folder, *names):
+    """A copy of a checkpoint whose head calls its outputs by other names, in the order of the names."""
+    model = AutoModelForSequenceClassification.from_pretrained(source)
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: index for index, name in enumerate(names)}
+    if names[0].lower() == "positive":
+        with torch.no_grad():
+            for value in model.classifier.parameters():
+                value.copy_(value.flip(0))
+    model.save_pretrained(folder)
+    load_tokenizer(source).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("names", [("positive", "negative"), ("POSITIVE", "NEGATIVE"), ("LABEL_0", "LABEL_1")])
+def test_a_trained_head_keeps_its_order_of_labels(sentiment, glue_dir, tmp_path, names):
+    source, trained = sentiment
+    folder = stored_labels(source, tmp_path / "other", *names)
+    data = {"task_name": "sst2", "glue_dir": glue_dir}
+    model, summary = run(folder, tmp_path / "out", data, do_train=False)
+    assert summary["accuracy"] == trained["accuracy"] > 0.9
+    assert summary["majority_accuracy"] == trained["majority_accuracy"]
+    kept = ("negative", "positive") if names[0] == "LABEL_0" else names
+    assert tuple(model.config.id2label.values()) == kept
+    _, further = run(folder, tmp_path / "further", data, max_steps=3, learning_rate=1e-4)
+    assert further["accuracy"] >= trained["accuracy"] - 0.05 and further["train_loss"] < 0.3
+
+
+def test_a_head_with_other_names_is_refused_or_made_anew(sentiment, glue_dir, tmp_path):
+    source, _ = sentiment
+    folder = stored_labels(source, tmp_path / "other", "spam", "ham")
+    data = {"task_name": "sst2", "glue_dir": glue_dir}
+    with pytest.raises(ValueError, match=r"2 outputs \(spam, ham\) and sst2 wants 2 \(negative, positive\)"):
+        run(folder, tmp_path / "out", data, do_train=False)
+    assert not (tmp_path / "out").exists()
+    model, _ = run(folder, tmp_path / "out", data, do_train=False, ignore_mismatched_sizes=True)
+    before = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith("classifier") for name in changed)
+
+
 def test_the_table_covers_every_metric():
     assert {name for task in TASKS.values() for name in task.metrics} == {
         "accuracy",

@@ -12,6 +12,7 @@ from transformers import AutoModelForMaskedLM
 
 from fastbert_hf import FastBertForMaskedLM
 from tests.clients.helpers import tiny_model
+from tests.clients.test_hub_code import AUTO_MAP
 from tests.hub.conftest import FIXTURES, folder_files, published_files
 from tests.hub.loopback import OWNER, STRANGER, Blob
 
@@ -238,14 +239,15 @@ def test_no_code_of_a_repository_runs(client, hub, repo, folder, tmp_path):
     files = {name: EVIL if name.endswith(".py") else content for name, content in files.items()}
     config = json.loads(files["config.json"])
     config["auto_map"] = {auto: f"somebody/other--{target}" for auto, target in config["auto_map"].items()}
-    files["config.json"] = json.dumps(config).encode()
+    config["auto_map"]["AutoModelForMaskedLM"] = "evil.Model"
+    files |= {"config.json": json.dumps(config).encode(), "evil.py": EVIL}
     hub.add(repo, files)
     printed = pulled(client, repo, tmp_path / "out", "--convert")
     assert "code of the repository ran" not in printed
     assert not hub.requests("GET", "somebody/other")
     assert EVIL not in folder_files(tmp_path / "out").values()  # the native layout carries the package's own code
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["auto_map"]["AutoModel"] == "modeling_fastbert.FastBertModel"
+    assert config["auto_map"] == AUTO_MAP
     assert client.python(f"import fastbert_hf as f; print(f.FastBertModel.from_pretrained({repo!r}).dtype)")
 
 

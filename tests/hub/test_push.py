@@ -234,5 +234,5 @@ def test_a_folder_without_a_whole_model_is_refused(client, hub, repo, folder):
 
 
 def test_a_pushed_file_that_differs_is_an_error(client, hub, repo, folder):
-    hub.fail("FILE", "config.json", "corrupt")
-    assert "config.json" in refused(client, folder, repo)
+    hub.fail("FILE", "README.md", "corrupt")
+    assert f"README.md in {repo} at {'{sha}'}" in refused(client, folder, repo).replace(newest(hub, repo)[0], "{sha}")

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CPP_SOURCES := $(shell git ls-files '*.cpp' '*.h')
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -28,10 +29,12 @@ test: venv ## run the whole test suite
 lint: venv ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
 
 format: venv ## apply style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_SOURCES)
 
 demo: venv ## pretrain, fine-tune and use a small FastBERT from text this machine has, in minutes, offline
 	$(BIN)/python scripts/demo.py

@@ -88,7 +88,8 @@ bool matches_plain_sums(const Case& c, const Tensor& x, const Tensor& weight_in,
     for (int64_t visit = 0; visit < c.trees * levels; ++visit) {
       const int64_t node = visit / levels * nodes + visited[row * c.trees * levels + visit];
       double logit = bias.get(node);
-      for (int64_t i = 0; i < c.in_width; ++i) logit += x.get(row * c.in_width + i) * weight_in.get(node * c.in_width + i);
+      for (int64_t i = 0; i < c.in_width; ++i)
+        logit += x.get(row * c.in_width + i) * weight_in.get(node * c.in_width + i);
       for (int64_t i = 0; i < c.out_width; ++i) {
         const double term = (logit > 0 ? logit : 0) * weight_out.get(node * c.out_width + i);
         sum[i] += term;
@@ -105,15 +106,17 @@ bool matches_plain_sums(const Case& c, const Tensor& x, const Tensor& weight_in,
 
 void run(const Case& c, const char* set, int dtype, int activation) {
   const int64_t nodes = c.trees * (((int64_t)2 << c.depth) - 1), visits = c.num_rows * c.trees * (c.depth + 1);
-  Tensor x(c.num_rows * c.in_width, dtype, true), weight_in(nodes * c.in_width, dtype, true), bias(nodes, dtype, true);
+  Tensor x(c.num_rows * c.in_width, dtype, true), weight_in(nodes * c.in_width, dtype, true),
+      bias(nodes, dtype, true);
   Tensor weight_out(nodes * c.out_width, dtype, true), grad_y(c.num_rows * c.out_width, dtype, true);
   std::vector<std::vector<char>> first;
   for (int threads : {1, 3}) {
     Tensor y(c.num_rows * c.out_width, dtype, false), other_y(c.num_rows * c.out_width, dtype, false);
     std::vector<int32_t> visited(visits);
     std::vector<float> logits(visits);
-    int status = fff_forward(x.data, weight_in.data, bias.data, weight_out.data, y.data, visited.data(), logits.data(),
-                             c.num_rows, c.in_width, c.out_width, c.trees, c.depth, activation, dtype, threads);
+    int status =
+        fff_forward(x.data, weight_in.data, bias.data, weight_out.data, y.data, visited.data(), logits.data(),
+                    c.num_rows, c.in_width, c.out_width, c.trees, c.depth, activation, dtype, threads);
     status |= fff_forward(x.data, weight_in.data, bias.data, weight_out.data, other_y.data, nullptr, nullptr,
                           c.num_rows, c.in_width, c.out_width, c.trees, c.depth, activation, dtype, threads);
     expect(status == 0, "forward", c, set, dtype);
@@ -149,8 +152,8 @@ void run(const Case& c, const char* set, int dtype, int activation) {
 
 int main() {
   fff_set_parallel_region((void*)parallel_region);
-  const Case cases[] = {{1, 1, 1, 1, 0},    {1, 37, 41, 2, 3},   {2, 16, 33, 1, 5},   {3, 31, 7, 3, 0},
-                        {5, 64, 15, 40, 1}, {17, 65, 129, 1, 4}, {70, 5, 300, 2, 2},  {300, 19, 18, 1, 8},
+  const Case cases[] = {{1, 1, 1, 1, 0},    {1, 37, 41, 2, 3},   {2, 16, 33, 1, 5},    {3, 31, 7, 3, 0},
+                        {5, 64, 15, 40, 1}, {17, 65, 129, 1, 4}, {70, 5, 300, 2, 2},   {300, 19, 18, 1, 8},
                         {700, 9, 35, 3, 3}, {1300, 7, 10, 1, 6}, {40, 130, 97, 1, 12}, {600, 3, 2, 70, 0}};
   int sets = 0;
   for (const char* set : {"generic", "avx2", "avx512"}) {

@@ -53,7 +53,7 @@ FFF_INLINE float error_function(float a) {
   small = small * s + -0.37612637877464294f;
   small = small * s + 1.128379225730896f;
   small = small * a;
-  float u = t > 4.0f ? 4.0f : t;          // erfc(4) is below the last bit of 1
+  float u = t > 4.0f ? 4.0f : t;           // erfc(4) is below the last bit of 1
   float large = -1.6140616025950294e-06f;  // -log(erfc(t)) as a polynomial of t, for 1 <= t <= 4
   large = large * u + 4.559062290354632e-05f;
   large = large * u + -0.0005927695310674608f;
@@ -71,9 +71,7 @@ FFF_INLINE float error_function(float a) {
 FFF_INLINE float sigmoid(float a) { return 1.0f / (1.0f + exponential(-a)); }
 FFF_INLINE float gelu(float a) { return a * 0.5f * (1.0f + error_function(a * 0.70710678f)); }
 // tanh is written as a sigmoid: (1 + tanh(u)) / 2 = sigmoid(2u)
-FFF_INLINE float gelu_tanh(float a) {
-  return a * sigmoid(1.59576912f * (a + 0.044715f * a * a * a));
-}
+FFF_INLINE float gelu_tanh(float a) { return a * sigmoid(1.59576912f * (a + 0.044715f * a * a * a)); }
 FFF_INLINE float relu(float a) { return a <= 0.0f ? 0.0f : a; }
 FFF_INLINE float silu(float a) { return a * sigmoid(a); }
 

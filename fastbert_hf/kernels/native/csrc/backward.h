@@ -11,7 +11,7 @@ namespace FFF_ISA {
 
 // Rows by leaf, tree by tree, and which nodes any row visits.
 struct Paths {
-  Scratch<uint32_t> leaves;  // (N, P)
+  Scratch<uint32_t> leaves;        // (N, P)
   Scratch<int32_t> sorted, spare;  // (P, N)
   Scratch<uint8_t> is_visited;     // (P, n)
   explicit Paths(const Shape& s)
@@ -19,9 +19,7 @@ struct Paths {
         sorted(s.num_rows * s.trees),
         spare(s.num_rows * s.trees),
         is_visited(s.trees * s.nodes()) {}
-  bool missing() const {
-    return leaves.missing() || sorted.missing() || spare.missing() || is_visited.missing();
-  }
+  bool missing() const { return leaves.missing() || sorted.missing() || spare.missing() || is_visited.missing(); }
 };
 
 // Takes the leaves from the visited nodes; false if those are not paths from the root.
@@ -46,8 +44,7 @@ static bool read_paths(const Shape& s, const int32_t* visited, Paths& paths) {
   auto sort_tree = [&](int64_t tree, int) {
     int32_t* sorted = paths.sorted.data + tree * s.num_rows;
     for (int64_t i = 0; i < s.num_rows; ++i) sorted[i] = (int32_t)i;
-    sort_by_key(sorted, paths.spare.data + tree * s.num_rows, s.num_rows, paths.leaves.data + tree, s.trees,
-                s.depth);
+    sort_by_key(sorted, paths.spare.data + tree * s.num_rows, s.num_rows, paths.leaves.data + tree, s.trees, s.depth);
     uint8_t* is_visited = paths.is_visited.data + tree * s.nodes();
     memset(is_visited, 0, s.nodes());
     uint32_t leaf = 0;
@@ -114,8 +111,9 @@ template <class E>
 static Status all_logit_gradients(const Shape& s, const BackwardTensors& tensors, const Paths& paths,
                                   float* grad_logits) {
   typedef const typename E::type* In;
-  const PathSum<E> out = {s.num_rows, s.trees,   s.levels(), s.nodes(), s.out_width, s.depth,
-                          s.threads,  (In)tensors.weight_out, nullptr, paths.leaves.data, nullptr, false};
+  const PathSum<E> out = {s.num_rows,  s.trees,           s.levels(), s.nodes(),
+                          s.out_width, s.depth,           s.threads,  (In)tensors.weight_out,
+                          nullptr,     paths.leaves.data, nullptr,    false};
   const int64_t slice = 64, slices = ceil_div(s.num_rows, slice);
   auto task = [&](int64_t i, int) {
     In path[32];
@@ -132,8 +130,17 @@ template <class E>
 static Status weight_gradient(const Shape& s, const Paths& paths, const float* coefficients, const void* vectors,
                               int64_t width, void* gradient) {
   typedef typename E::type T;
-  const WeightGradient<E> g = {s.num_rows, s.trees, s.levels(), s.nodes(), width, s.depth, paths.sorted.data,
-                               paths.leaves.data, coefficients, (const T*)vectors, (T*)gradient,
+  const WeightGradient<E> g = {s.num_rows,
+                               s.trees,
+                               s.levels(),
+                               s.nodes(),
+                               width,
+                               s.depth,
+                               paths.sorted.data,
+                               paths.leaves.data,
+                               coefficients,
+                               (const T*)vectors,
+                               (T*)gradient,
                                should_stream(gradient, s.trees * s.nodes(), width * (int64_t)sizeof(T))};
   // wide enough that a row's piece fills some cache lines, narrow enough to occupy the threads
   int64_t columns = 4 * kStrip;
@@ -182,8 +189,8 @@ static Status backward(const Shape& s, const BackwardTensors& tensors) {
   if (through_logits) {
     status = all_logit_gradients<E>(s, tensors, paths, coefficients.data);
     if (status == kDone && tensors.grad_x)
-      status = sum_paths(path_sum<E>(s, tensors.weight_in, s.in_width, coefficients.data, paths.leaves.data,
-                                     tensors.grad_x));
+      status = sum_paths(
+          path_sum<E>(s, tensors.weight_in, s.in_width, coefficients.data, paths.leaves.data, tensors.grad_x));
     if (status == kDone && tensors.grad_weight_in)
       status = weight_gradient<E>(s, paths, coefficients.data, tensors.x, s.in_width, tensors.grad_weight_in);
     if (status == kDone && tensors.grad_bias_in)
@@ -196,8 +203,7 @@ static Status backward(const Shape& s, const BackwardTensors& tensors) {
                min64(slice, count - i * slice));
     };
     parallel(s.threads, ceil_div(count, slice), activate_slice);
-    status =
-        weight_gradient<E>(s, paths, coefficients.data, tensors.grad_y, s.out_width, tensors.grad_weight_out);
+    status = weight_gradient<E>(s, paths, coefficients.data, tensors.grad_y, s.out_width, tensors.grad_weight_out);
   }
   return status;
 }

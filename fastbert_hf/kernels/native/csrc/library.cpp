@@ -114,8 +114,7 @@ void* allocate(int64_t bytes) {
   return memory;
 }
 
-void sort_by_key(int32_t* rows, int32_t* spare, int64_t count, const uint32_t* keys, int64_t stride,
-                 int key_bits) {
+void sort_by_key(int32_t* rows, int32_t* spare, int64_t count, const uint32_t* keys, int64_t stride, int key_bits) {
   const int digit_bits = count >= 1024 ? 11 : 8;
   int64_t starts[1 << 11];
   int32_t *from = rows, *to = spare;

@@ -41,9 +41,7 @@ FFF_INLINE void split_bf16(__m512i pairs, vec* even, vec* odd) {
   *even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
   *odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000)));
 }
-FFF_INLINE void load_bf16(const uint16_t* p, vec* even, vec* odd) {
-  split_bf16(_mm512_loadu_si512(p), even, odd);
-}
+FFF_INLINE void load_bf16(const uint16_t* p, vec* even, vec* odd) { split_bf16(_mm512_loadu_si512(p), even, odd); }
 FFF_INLINE void load_bf16_first(const uint16_t* p, int n, vec* even, vec* odd) {
   split_bf16(_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p), even, odd);
 }
@@ -109,9 +107,7 @@ FFF_INLINE __m256i join_bf16(vec even, vec odd) {
   __m256i upper = _mm256_and_si256(round_bf16(odd), _mm256_set1_epi32((int)0xffff0000));
   return _mm256_or_si256(upper, _mm256_srli_epi32(round_bf16(even), 16));
 }
-FFF_INLINE void store_bf16(uint16_t* p, vec even, vec odd) {
-  _mm256_storeu_si256((__m256i*)p, join_bf16(even, odd));
-}
+FFF_INLINE void store_bf16(uint16_t* p, vec even, vec odd) { _mm256_storeu_si256((__m256i*)p, join_bf16(even, odd)); }
 FFF_INLINE void stream_bf16(uint16_t* p, vec even, vec odd) {
   _mm256_stream_si256((__m256i*)p, join_bf16(even, odd));
 }

@@ -31,8 +31,17 @@ static PathSum<E> path_sum(const Shape& s, const void* weight, int64_t width, co
   typedef const typename E::type* In;
   typedef typename E::type* Out;
   const bool flat = s.depth == 0;
-  return {s.num_rows, flat ? 1 : s.trees, flat ? s.trees : s.levels(), s.nodes(), width,
-          s.depth,    s.threads,          (In)weight,                  coefficients, leaves, (Out)y,
+  return {s.num_rows,
+          flat ? 1 : s.trees,
+          flat ? s.trees : s.levels(),
+          s.nodes(),
+          width,
+          s.depth,
+          s.threads,
+          (In)weight,
+          coefficients,
+          leaves,
+          (Out)y,
           should_stream(y, s.num_rows, width * (int64_t)sizeof(typename E::type))};
 }
 

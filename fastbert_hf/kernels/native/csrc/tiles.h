@@ -48,8 +48,7 @@ FFF_INLINE void dot_tile(const typename E::type* w, const typename E::type* cons
     }
   }
 #pragma GCC unroll 16
-  for (int t = 0; t < T; ++t)
-    out[t] = sum_lanes(add(add(sum[t][0], sum[t][1]), add(sum[t][2], sum[t][3])));
+  for (int t = 0; t < T; ++t) out[t] = sum_lanes(add(add(sum[t][0], sum[t][1]), add(sum[t][2], sum[t][3])));
 }
 
 // ---- products with a path: out[t * stride + l] = <v[t], rows[l]> ----
@@ -111,8 +110,7 @@ FFF_INLINE void sum_tile(const SumRows<E>& s, int64_t column, int n) {
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 16
-    for (int c = 0; c < 2 * C; ++c)
-      sum[t][c] = s.first ? zero() : load(s.wide[t] + column + c * kWidth);
+    for (int c = 0; c < 2 * C; ++c) sum[t][c] = s.first ? zero() : load(s.wide[t] + column + c * kWidth);
   for (int64_t k = 0; k < s.num_nodes; ++k) {
     const typename E::type* row = s.rows[k] + column;
     vec scale[T];

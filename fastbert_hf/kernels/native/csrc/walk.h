@@ -52,8 +52,8 @@ static __attribute__((noinline)) void group_dots(const Walk<E>& w, const typenam
 
 // Logits of the slots of one group. `is_first` says that nobody has touched these rows of x before.
 template <class E>
-static void group_logits(const Walk<E>& w, const typename E::type* weights, const int32_t* rows,
-                         const int32_t* slots, int count, bool is_first, float* out) {
+static void group_logits(const Walk<E>& w, const typename E::type* weights, const int32_t* rows, const int32_t* slots,
+                         int count, bool is_first, float* out) {
   const int64_t width = w.shape->in_width;
   int i = 0;
   for (; i + kRowsPerDot <= count; i += kRowsPerDot) {

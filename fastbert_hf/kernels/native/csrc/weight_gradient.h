@@ -22,12 +22,12 @@ template <class E>
 struct WeightGradient {
   int64_t num_rows, trees, levels, nodes, width;
   int depth;
-  const int32_t* sorted;             // (P, N) rows by leaf
-  const uint32_t* leaves;            // (N, P)
-  const float* coefficients;         // (N, P, levels)
-  const typename E::type* vectors;   // (N, width)
-  typename E::type* gradient;        // (P*n, width)
-  bool streams;                      // the gradient is large
+  const int32_t* sorted;            // (P, N) rows by leaf
+  const uint32_t* leaves;           // (N, P)
+  const float* coefficients;        // (N, P, levels)
+  const typename E::type* vectors;  // (N, width)
+  typename E::type* gradient;       // (P*n, width)
+  bool streams;                     // the gradient is large
 };
 
 #if defined(FFF_ISA_AVX512)
@@ -136,8 +136,7 @@ static void sum_levels(const WeightGradient<E>& g, const Segment& segment, int64
     sum_segment<E, kLevelTile, C, PARTIAL>(g, segment, level, column, n, carry, carry_stride);
   for (; level + 3 <= g.levels; level += 3)
     sum_segment<E, 3, C, PARTIAL>(g, segment, level, column, n, carry, carry_stride);
-  for (; level < g.levels; ++level)
-    sum_segment<E, 1, C, PARTIAL>(g, segment, level, column, n, carry, carry_stride);
+  for (; level < g.levels; ++level) sum_segment<E, 1, C, PARTIAL>(g, segment, level, column, n, carry, carry_stride);
 }
 
 // Columns [begin, end) of one tree. `runs` has room for kSegment of them, `carry` for levels * padded columns.

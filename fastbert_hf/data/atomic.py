@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def check_output_folder(path: str | Path) -> Path:
-    """Say early whether a folder can be created or used at `path`.
+    """Say early whether a folder can be created or used at `path`; a temporary file is written to find out.
 
     Args:
         path: folder that a later step wants to write into; it need not exist.
@@ -18,18 +18,29 @@ def check_output_folder(path: str | Path) -> Path:
         `path` as a `Path`.
 
     Raises:
-        ValueError: if `path`, or a parent of it, is an existing file.
+        ValueError: if `path`, or a parent of it, is an existing file, or nothing can be written there.
     """
     path = Path(path)
-    for part in (path, *path.parents):
-        if part.exists() and not part.is_dir():
-            raise ValueError(f"the output folder {str(path)!r} cannot be made: {str(part)!r} is a file")
+    try:
+        existing = next(part for part in (path, *path.absolute().parents) if os.path.lexists(part))
+        if not existing.is_dir():
+            what = "a broken link" if existing.is_symlink() and not existing.exists() else "a file"
+            raise ValueError(f"the output folder {str(path)!r} cannot be made: {str(existing)!r} is {what}")
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=existing)
+        os.close(handle)
+        os.unlink(name)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"the output folder {str(path)!r} cannot be written: {reason}; choose another") from error
     return path
 
 
 @contextlib.contextmanager
 def staged_folder(target: str | Path, last: str = "config.json") -> Iterator[Path]:
-    """Collect files in a temporary folder beside `target` and move them into it at the end.
+    """Collect files in a temporary folder and move them into `target` at the end.
+
+    The temporary folder lies in `target` where that exists, otherwise beside it: the parent of an existing folder
+    may belong to somebody else, or to another disk.
 
     Other files already in `target` (checkpoints, logs) stay. If the body raises, nothing is moved.
 
@@ -42,11 +53,11 @@ def staged_folder(target: str | Path, last: str = "config.json") -> Iterator[Pat
         The temporary folder.
 
     Raises:
-        ValueError: if `target` is a file.
+        ValueError: if `target` is a file or cannot be written.
     """
     target = check_output_folder(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target if target.is_dir() else target.parent))
     try:
         yield stage
         target.mkdir(exist_ok=True)
@@ -68,7 +79,7 @@ def write_text(target: str | Path, text: str) -> None:
         text: the content, stored as UTF-8.
 
     Raises:
-        ValueError: if the folder cannot be made because a file is in its place.
+        ValueError: if the folder cannot be made because a file is in its place, or cannot be written.
     """
     target = Path(target)
     check_output_folder(target.parent).mkdir(parents=True, exist_ok=True)

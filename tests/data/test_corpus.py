@@ -1,6 +1,7 @@
 """Corpus files in, documents out."""
 
 import lzma
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +76,23 @@ def test_output_folder_that_is_a_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is a file"):
         write_text(tmp_path / "file" / "a.txt", "x")
     assert (tmp_path / "file").read_text() == "x"
+
+
+def test_unwritable_output_folder_is_refused_and_probing_leaves_nothing(tmp_path, monkeypatch):
+    assert check_output_folder(tmp_path / "new" / "deep") == tmp_path / "new" / "deep"
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.chdir(tmp_path)
+    assert check_output_folder("relative") == Path("relative") and list(tmp_path.iterdir()) == []
+    (tmp_path / "link").symlink_to(tmp_path / "absent")
+    with pytest.raises(ValueError, match="is a broken link"):
+        check_output_folder(tmp_path / "link")
+
+    def refuse(prefix, dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    with pytest.raises(ValueError, match="'absent/out' cannot be written: Permission denied"):
+        check_output_folder("absent/out")
 
 
 def test_write_text_leaves_no_temporary_file(tmp_path):

@@ -110,6 +110,8 @@ def test_tokenizer_script_writes_a_folder_and_refuses_a_file(tmp_path, capsys):
     assert "entries in" in capsys.readouterr().out
     with pytest.raises(ValueError, match="is a file"):
         train_tokenizer.main([*arguments, str(tmp_path / "corpus.txt")])
+    with pytest.raises(ValueError, match="'/proc/x' cannot be written"):
+        train_tokenizer.main(["--train_file", "absent.txt", "--output_dir", "/proc/x"])
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="corpus is empty"):
         train_tokenizer.main(["--train_file", str(tmp_path / "empty.txt"), "--output_dir", str(tmp_path / "new")])

@@ -14,6 +14,16 @@ if TYPE_CHECKING:
 DOCUMENTS_PER_CALL = 1000  # bounds memory and lets the tokenizer work on several at once
 
 
+def check_seq_length(seq_length: int) -> None:
+    """Check a sequence length.
+
+    Raises:
+        ValueError: if it is below 8.
+    """
+    if seq_length < 8:
+        raise ValueError(f"max_seq_length must be at least 8; got {seq_length}")
+
+
 class PackedSequences(Dataset):
     """Equal-length sequences of token ids.
 
@@ -85,8 +95,7 @@ def pack_documents(
     Raises:
         ValueError: if `seq_length` is below 8 or the corpus holds no token at all.
     """
-    if seq_length < 8:
-        raise ValueError(f"max_seq_length must be at least 8; got {seq_length}")
+    check_seq_length(seq_length)
     arrays = list(token_stream(documents, tokenizer, progress))
     if not arrays:
         raise ValueError("the corpus is empty: it holds no token")

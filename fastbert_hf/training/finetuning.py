@@ -28,6 +28,7 @@ from fastbert_hf.training.publishing import check_push, prepare_folder, publish,
 from fastbert_hf.training.runs import (
     check_checkpoint,
     check_fit,
+    check_options,
     find_checkpoint,
     is_main_process,
     quiet_host,
@@ -219,6 +220,7 @@ def finetune(
     Raises:
         ValueError: for anything wrong in the options or the data, before training starts.
     """
+    check_options(args, data.max_seq_length)
     _check(model_options, args)
     check_push(args)
     checkpoint = find_checkpoint(args, data.overwrite_output_dir)

@@ -26,6 +26,7 @@ from fastbert_hf.training.publishing import check_push, prepare_folder, publish,
 from fastbert_hf.training.runs import (
     check_checkpoint,
     check_fit,
+    check_options,
     find_checkpoint,
     is_main_process,
     quiet_host,
@@ -239,6 +240,7 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     Raises:
         ValueError: for anything wrong in the options, before training starts.
     """
+    check_options(args, options.max_seq_length)
     _check(options)
     check_push(args)
     checkpoint = find_checkpoint(args, options.overwrite_output_dir)

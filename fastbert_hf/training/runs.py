@@ -1,17 +1,41 @@
 """What pretraining and fine-tuning share: checks before the start, picking up checkpoints, saving the result."""
 
 import json
+import math
 import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastbert_hf.data.atomic import check_output_folder, staged_folder, write_text
+from fastbert_hf.data.packing import check_seq_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+RATES = ("learning_rate", "weight_decay", "adam_epsilon", "num_train_epochs")
 FRESH = ("none", "false", "no")
+
+
+def check_options(args: "TrainingArguments", max_seq_length: int) -> None:
+    """Check what every run needs, before anything is read: a folder to write to, and numbers that make sense.
+
+    Args:
+        args: optimisation.
+        max_seq_length: longest sequence the run feeds.
+
+    Raises:
+        ValueError: naming the option, its value and what was expected.
+    """
+    check_output_folder(args.output_dir)
+    check_seq_length(max_seq_length)
+    for name in COUNTS:
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} must be at least 1; got {getattr(args, name)}")
+    for name in RATES:
+        if not 0 <= getattr(args, name) < math.inf:
+            raise ValueError(f"{name} must be a finite number, zero or above; got {getattr(args, name)}")
 
 
 def find_checkpoint(args: "TrainingArguments", overwrite: bool = False) -> str | None:

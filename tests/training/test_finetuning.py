@@ -143,6 +143,10 @@ def test_a_finished_run_is_picked_up_not_repeated(pretrained, glue_dir, tmp_path
         ({"glue_dir": "absent"}, {}, "'absent' is not a folder"),
         ({"train_file": "a.csv"}, {}, "got both"),
         ({"max_seq_length": 64}, {}, "max_position_embeddings 32"),
+        ({"max_seq_length": 7}, {}, "max_seq_length must be at least 8; got 7"),
+        ({"max_seq_length": -1}, {}, "max_seq_length must be at least 8; got -1"),
+        ({}, {"per_device_eval_batch_size": -2}, "per_device_eval_batch_size must be at least 1; got -2"),
+        ({}, {"learning_rate": -1e-3}, r"learning_rate must be a finite number.*got -0\.001"),
         ({}, {"model_name_or_path": None}, "--model_name_or_path is missing"),
         ({}, {"do_train": False, "do_eval": False}, "nothing to do"),
         ({}, {"do_predict": True}, "--do_predict is not available"),
@@ -152,6 +156,11 @@ def test_mistakes_are_named_before_anything_is_written(pretrained, glue_dir, tmp
     with pytest.raises(ValueError, match=message):
         run(pretrained, tmp_path / "out", {"task_name": "sst2", "glue_dir": glue_dir, **data}, **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_unwritable_output_folder_is_refused_before_the_data_is_read(pretrained):
+    with pytest.raises(ValueError, match="'/proc/x' cannot be written"):
+        run(pretrained, "/proc/x", {"task_name": "glue"})
 
 
 def test_folders_without_model_or_tokenizer_are_named(pretrained, glue_dir, tiny, tmp_path):

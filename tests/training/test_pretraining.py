@@ -122,9 +122,10 @@ def test_dropout_is_off_in_pretraining_and_kept_in_the_saved_configuration(finis
     assert 0.1 in {module.p for module in reloaded.modules() if isinstance(module, torch.nn.Dropout)}
 
 
-def test_biases_and_norms_do_not_decay(finished):
+def test_biases_and_norms_do_not_decay(finished, tmp_path):
     _, model, _ = finished
-    decayed = set(Trainer(model=model).get_decay_parameter_names(model))
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    decayed = set(Trainer(model=model, args=args).get_decay_parameter_names(model))
     for name, _ in model.named_parameters():
         assert (name in decayed) == ("bias" not in name and "norm" not in name), name
 
@@ -163,7 +164,12 @@ def test_accumulated_batches_count_as_one_step(tiny, tmp_path):
         ({"validation_file": ["absent.txt"]}, "absent.txt"),
         ({"validation_share": 2.0}, "validation_share"),
         ({"max_eval_samples": 0}, "max_eval_samples"),
-        ({"max_seq_length": 4}, "max_seq_length"),
+        ({"max_seq_length": 4}, "max_seq_length must be at least 8; got 4"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1; got 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1; got 0"),
+        ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps must be at least 1; got -1"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number.*got nan"),
+        ({"weight_decay": -0.1}, "weight_decay must be a finite number.*got -0.1"),
         ({"max_seq_length": 64}, "max_position_embeddings 32"),
         ({"mlm_probability": 1.5}, "mlm_probability"),
         ({"per_device_train_batch_size": 4096}, "smaller than one batch"),
@@ -182,6 +188,8 @@ def test_empty_corpus_and_output_that_is_a_file_are_refused(tiny, tmp_path):
         pretrain(*arguments(tiny, tmp_path / "out", train_file=[str(tmp_path / "empty.txt")]))
     with pytest.raises(ValueError, match="is a file"):
         pretrain(*arguments(tiny, tmp_path / "empty.txt"))
+    with pytest.raises(ValueError, match="'/proc/x' cannot be written"):
+        pretrain(*arguments(tiny, "/proc/x", train_file=["absent.txt"]))
     (tmp_path / "short.txt").write_text("river\n")
     with pytest.raises(ValueError, match="held-out text is shorter"):
         pretrain(*arguments(tiny, tmp_path / "out", validation_file=[str(tmp_path / "short.txt")]))

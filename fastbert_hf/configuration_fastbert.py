@@ -117,7 +117,12 @@ class FastBertConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
-        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        # code travels with the weights: a model saved again must not point at the repository it was loaded from
+        given = {
+            auto: target.rpartition("--")[2] if isinstance(target, str) else target  # a pair for tokenizers
+            for auto, target in (kwargs.get("auto_map") or {}).items()
+        }
+        kwargs["auto_map"] = AUTO_MAP | given
         super().__post_init__(**kwargs)
 
     @classmethod

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -113,18 +114,35 @@ def model_config(
     fields = dict(recipe)
     model_type = fields.pop("model_type", "fastbert")
     fields.setdefault("vocab_size", len(tokenizer))
+    if fields.setdefault("pad_token_id", tokenizer.pad_token_id) != tokenizer.pad_token_id:
+        raise ValueError(
+            f"pad_token_id {fields['pad_token_id']!r} in the model recipe is not the tokenizer's "
+            f"{tokenizer.pad_token_id}; leave it out"
+        )
     try:
         known = {entry.name for entry in dataclasses.fields(AutoConfig.for_model(model_type))}
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"unknown model_type {model_type!r} in the model recipe") from error
-    unknown = sorted(set(fields) - known)
+    unknown = sorted(set(fields) - known, key=str)
     if unknown:
         raise ValueError(f"the model recipe has an unknown field {unknown[0]!r} for model_type {model_type!r}")
+    _check_label_names(fields.get("id2label"))
     if sparse_prediction is not None and "sparse_prediction" in known:
         fields["sparse_prediction"] = sparse_prediction
-    config = AutoConfig.for_model(model_type, pad_token_id=tokenizer.pad_token_id, **fields)
+    try:
+        config = AutoConfig.for_model(model_type, **fields)
+    except (StrictDataclassError, TypeError, AttributeError) as error:
+        raise ValueError(f"the model recipe does not fit model_type {model_type!r}: {error}") from error
     check_fit(config, tokenizer, max_seq_length)
     return config
+
+
+def _check_label_names(names: Any) -> None:
+    """Check the `id2label` of a recipe, if it has one."""
+    if names is None:
+        return
+    if not isinstance(names, dict) or set(map(str, names)) != set(map(str, range(len(names)))):
+        raise ValueError(f"id2label in the model recipe must map the ids 0, 1, ... to label names; got {names!r}")
 
 
 def prepare_data(

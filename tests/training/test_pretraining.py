@@ -199,6 +199,8 @@ def test_model_recipes_are_checked_against_configuration_and_tokenizer(tiny):
     tokenizer = load_tokenizer(tiny / "tokenizer")
     config = model_config({"hidden_size": 12, "num_attention_heads": 1}, tokenizer, 16, sparse_prediction=0.3)
     assert (config.vocab_size, config.pad_token_id, config.sparse_prediction) == (len(tokenizer), 0, 0.3)
+    named = model_config({"pad_token_id": 0, "id2label": {0: "a", 1: "b", 2: "c"}}, tokenizer, 16)
+    assert (named.pad_token_id, named.num_labels) == (0, 3)
     bert = model_config({"model_type": "bert", "hidden_size": 12, "num_attention_heads": 1}, tokenizer, 16, 0.3)
     assert bert.model_type == "bert" and not hasattr(bert, "sparse_prediction")
     for recipe, message in [
@@ -207,6 +209,12 @@ def test_model_recipes_are_checked_against_configuration_and_tokenizer(tiny):
         ({"vocab_size": 20}, "vocab_size 20"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"fff_depth": -1}, "fff_depth"),
+        ({"pad_token_id": 3}, "pad_token_id 3 in the model recipe is not the tokenizer's 0"),
+        ({"id2label": 3}, "id2label in the model recipe must map .* got 3"),
+        ({"id2label": {0: "a", "x": "b"}}, "id2label in the model recipe must map"),
+        ({"model_type": ["bert"]}, "unknown model_type"),
+        ({5: "a", "hiden_size": 12}, "unknown field 5"),
+        ({"model_type": "bert", "hidden_size": [1]}, "does not fit model_type 'bert'.*hidden_size"),
     ]:
         with pytest.raises(ValueError, match=message):
             model_config(recipe, tokenizer, 16)

@@ -77,6 +77,7 @@ def pack_documents(
     tokenizer: "PreTrainedTokenizerBase",
     seq_length: int,
     progress: bool = False,
+    name: str = "corpus",
 ) -> PackedSequences:
     """Join documents and cut the result into sequences of exactly `seq_length` tokens.
 
@@ -88,6 +89,7 @@ def pack_documents(
         tokenizer: a fast tokenizer with cls and sep tokens.
         seq_length: tokens per sequence, [CLS] included.
         progress: show a progress bar.
+        name: what the text is, for messages.
 
     Returns:
         S sequences of (T,) tokens; S may be 0.
@@ -98,7 +100,7 @@ def pack_documents(
     check_seq_length(seq_length)
     arrays = list(token_stream(documents, tokenizer, progress))
     if not arrays:
-        raise ValueError("the corpus is empty: it holds no token")
+        raise ValueError(f"the {name} is empty: it holds no token")
     tokens = np.concatenate(arrays)  # (tokens,)
     body = seq_length - 1
     sequences = len(tokens) // body

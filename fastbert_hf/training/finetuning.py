@@ -29,6 +29,7 @@ from fastbert_hf.training.runs import (
     check_checkpoint,
     check_fit,
     check_options,
+    check_weights,
     find_checkpoint,
     is_main_process,
     quiet_host,
@@ -163,6 +164,7 @@ def _classifier(model: ModelArguments, task: Task) -> tuple[PreTrainedModel, lis
     path = Path(model.model_name_or_path)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"no model in {str(path)!r}: config.json is missing")
+    check_weights(path)
     try:
         stored = AutoConfig.from_pretrained(model.model_name_or_path)
         config = AutoConfig.from_pretrained(model.config_name) if model.config_name else copy.deepcopy(stored)

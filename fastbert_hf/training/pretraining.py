@@ -28,6 +28,7 @@ from fastbert_hf.training.runs import (
     check_checkpoint,
     check_fit,
     check_options,
+    check_weights,
     find_checkpoint,
     is_main_process,
     quiet_host,
@@ -175,6 +176,12 @@ def prepare_data(
         train_documents, held_out = documents, read_documents(options.validation_file)
     else:
         train_documents, held_out = split_documents(documents, options.validation_share)
+    validation = pack_documents(held_out, tokenizer, options.max_seq_length, name="held-out text")
+    if not len(validation):
+        raise ValueError(
+            f"the held-out text is shorter than one sequence of {options.max_seq_length} tokens; "
+            "give a longer validation_file or a larger validation_share"
+        )
     train = pack_documents(train_documents, tokenizer, options.max_seq_length, progress)
     # Whole batches only: every step has the same shapes and the same number of masked positions.
     usable = len(train) // batch_size * batch_size
@@ -182,12 +189,6 @@ def prepare_data(
         raise ValueError(
             f"the corpus is smaller than one batch: it gives {len(train)} sequences of {options.max_seq_length} "
             f"tokens, and one step takes {batch_size}"
-        )
-    validation = pack_documents(held_out, tokenizer, options.max_seq_length)
-    if not len(validation):
-        raise ValueError(
-            f"the held-out text is shorter than one sequence of {options.max_seq_length} tokens; "
-            "give a longer validation_file or a larger validation_share"
         )
     # Fixed seed: runs with other seeds are compared on the same held-out positions.
     fixed = MaskedLanguageModelCollator(tokenizer, options.mlm_probability, seed=0)
@@ -216,6 +217,7 @@ def _build_model(options: PretrainingArguments, tokenizer: PreTrainedTokenizerBa
         if path is None:
             config = model_config(load_yaml(options.model_config), tokenizer, options.max_seq_length, sparse)
         else:
+            check_weights(path)
             config = AutoConfig.from_pretrained(path)
             check_fit(config, tokenizer, options.max_seq_length)
             if hasattr(config, "sparse_prediction"):

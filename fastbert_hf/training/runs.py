@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
+
 from fastbert_hf.data.atomic import check_output_folder, staged_folder, write_text
 from fastbert_hf.data.packing import check_seq_length
 
@@ -65,6 +67,23 @@ def find_checkpoint(args: "TrainingArguments", overwrite: bool = False) -> str |
     return str(max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1])))
 
 
+def check_weights(folder: str | Path | None) -> None:
+    """Check that the weight files of a folder are whole; only their headers are read.
+
+    Args:
+        folder: a model or a checkpoint; Hub names and None pass.
+
+    Raises:
+        ValueError: naming the folder and the first file that is cut off or damaged.
+    """
+    for file in sorted(Path(folder).glob("*.safetensors")) if folder else ():
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"the weights in {str(folder)!r} cannot be read: {file.name}: {error}") from error
+
+
 def check_checkpoint(checkpoint: str | None, config: "PreTrainedConfig") -> None:
     """Check that a checkpoint holds the model that is about to be trained.
 
@@ -73,8 +92,9 @@ def check_checkpoint(checkpoint: str | None, config: "PreTrainedConfig") -> None
         config: the model's configuration.
 
     Raises:
-        ValueError: naming the first field that differs.
+        ValueError: naming the first field that differs, or a damaged weight file.
     """
+    check_weights(checkpoint)
     file = Path(checkpoint or "") / "config.json"
     if checkpoint is None or not file.is_file():
         return

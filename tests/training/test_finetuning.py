@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -173,6 +174,14 @@ def test_folders_without_model_or_tokenizer_are_named(pretrained, glue_dir, tiny
     write_split(tmp_path / "one.jsonl", [{"sentence": "a", "label": 0}])
     with pytest.raises(ValueError, match="wanted together"):
         run(pretrained, tmp_path / "out", {"train_file": tmp_path / "one.jsonl"})
+    assert not (tmp_path / "out").exists()
+
+
+def test_truncated_weights_are_named(pretrained, glue_dir, tmp_path):
+    shutil.copytree(pretrained, tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"cut' cannot be read: model\.safetensors"):
+        run(tmp_path / "cut", tmp_path / "out", {"task_name": "sst2", "glue_dir": glue_dir})
     assert not (tmp_path / "out").exists()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,6 +219,36 @@ def test_model_recipes_are_checked_against_configuration_and_tokenizer(tiny):
     ]:
         with pytest.raises(ValueError, match=message):
             model_config(recipe, tokenizer, 16)
+
+
+def test_held_out_text_is_looked_at_before_the_corpus_is_packed(tiny, tmp_path, monkeypatch):
+    read = []
+
+    def documents(files):
+        for file in files:
+            read.append(Path(file).name)
+            yield from Path(file).read_text().splitlines()
+
+    monkeypatch.setattr("fastbert_hf.training.pretraining.read_documents", documents)
+    for text, message in (("river\n", "held-out text is shorter"), ("", "held-out text is empty")):
+        (tmp_path / "short.txt").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            pretrain(*arguments(tiny, tmp_path / "out", validation_file=[str(tmp_path / "short.txt")]))
+    assert read == ["short.txt", "short.txt"]
+
+
+def test_truncated_weights_are_named_before_the_data_is_read(tiny, finished, tmp_path):
+    folder, _, _ = finished
+    for name in ("model", "out/checkpoint-3"):
+        shutil.copytree(folder / "checkpoint-3", tmp_path / name)
+        weights = tmp_path / name / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    changes = {"model_config": None, "model_name_or_path": str(tmp_path / "model")}
+    with pytest.raises(ValueError, match=r"model' cannot be read: model\.safetensors"):
+        pretrain(*arguments(tiny, tmp_path / "new", **changes))
+    with pytest.raises(ValueError, match=r"checkpoint-3' cannot be read: model\.safetensors"):
+        pretrain(*arguments(tiny, tmp_path / "out"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(tiny, finished, tmp_path):

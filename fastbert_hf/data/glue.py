@@ -56,6 +56,7 @@ TASKS: dict[str, Task] = {
         Task("wnli", _PAIR, ("not_entailment", "entailment")),
     )
 }
+NOT_FINITE = {f"{sign}{word}" for sign in ("", "+", "-") for word in ("nan", "inf", "infinity")}
 HUB_DATASET = "nyu-mll/glue"
 
 
@@ -149,7 +150,7 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: wanted a JSON object; got {line.strip()[:60]!r}")
@@ -214,7 +215,7 @@ def _number(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):  # no number; an integer beyond the range of floats
         return None
     return number if math.isfinite(number) else None
 
@@ -234,23 +235,32 @@ def infer_task(rows: list[dict[str, Any]], name: str) -> Task:
         The task, named "own".
 
     Raises:
-        ValueError: if there is no text column, no label, or only one class.
+        ValueError: if there is no text column or only one class, or naming the row whose label is missing, empty,
+            or neither a text nor a finite number.
     """
     columns = [column for column in rows[0] if column not in ("label", "idx")]
     if "label" not in rows[0] or not columns:
         raise ValueError(f"{name}: wanted one or two text columns and 'label'; got {', '.join(map(str, rows[0]))}")
     texts = _PAIR if set(_PAIR) <= set(columns) else tuple(columns[:2])
     labels = [row.get("label") for row in rows]
-    if all(_number(label) is not None for label in labels) and any(
+    for number, label in enumerate(labels, start=1):
+        _check_own_label(label, f"{name}, row {number}")
+    # Not-a-numbers beside fractions are rows for `to_split` to refuse, not a class.
+    if all(_number(label) is not None or str(label).strip().lower() in NOT_FINITE for label in labels) and any(
         isinstance(label, float) or (isinstance(label, str) and "." in label) for label in labels
     ):
         return Task("own", texts, (), ("pearson", "spearman"))
-    if any(label is None for label in labels):
-        raise ValueError(f"{name}, row {labels.index(None) + 1}: the label is missing")
     classes = sorted({str(label) for label in labels}, key=lambda text: (_number(text) is None, _number(text), text))
     if len(classes) < 2:
         raise ValueError(f"{name}: at least two different labels are wanted; all are {classes[0]!r}")
     return Task("own", texts, tuple(classes))
+
+
+def _check_own_label(label: Any, where: str) -> None:
+    if label is None or (isinstance(label, str) and not label.strip()):
+        raise ValueError(f"{where}: the label is missing")
+    if not isinstance(label, str | bool) and _number(label) is None:
+        raise ValueError(f"{where}: the label must be a text or a finite number; got {repr(label)[:60]}")
 
 
 def load_task_files(task: Task | None, train: str | Path, validations: Iterable[str | Path]):

@@ -138,6 +138,27 @@ def test_own_task_needs_text_and_two_classes(tmp_path):
             load_task_files(None, file, [file])
 
 
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ('""', "row 2: the label is missing"),
+        ("NaN", "row 2: the label must be a text or a finite number; got nan"),
+        ("-Infinity", "row 2: .* got -inf"),
+        ("[1]", r"row 2: .* got \[1\]"),
+        ('{"a": 1}', "row 2: .* got {'a': 1}"),
+        ("1" + "0" * 400, "row 2: the label must be a text or a finite number; got 1000"),
+        ("1" + "0" * 5000, "line 2: not a JSON object"),
+        ('"nan"', "row 2: the label must be a finite number; got 'nan'"),
+    ],
+)
+def test_own_task_names_the_row_of_a_bad_label(tmp_path, label, message):
+    text = "".join(f'{{"text": "a", "label": {value}}}\n' for value in (0.5, label, 1))
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_task_files(None, tmp_path / "a.jsonl", [tmp_path / "a.jsonl"])
+    assert "a.jsonl" in str(caught.value) and len(str(caught.value)) < 400
+
+
 def test_head_limits_rows(tmp_path):
     file = write_rows(tmp_path / "a.jsonl", [example(TASKS["rte"], row % 2) for row in range(5)])
     _, train, _ = load_task_files(TASKS["rte"], file, [])

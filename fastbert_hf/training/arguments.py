@@ -18,12 +18,14 @@ logger = logging.getLogger(__name__)
 class _Loader(yaml.SafeLoader):
     """Safe YAML that reads 5e-5 as a number, which YAML 1.1 does only with a dot, and rejects repeated keys."""
 
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+    def compose_mapping_node(self, anchor):
+        """Compare keys as written: merge keys (<<) later put entries beside those that override them."""
+        node = super().compose_mapping_node(anchor)
+        keys = [(key.tag, key.value) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", node.start_mark)
-        return super().construct_mapping(node, deep=deep)
+                raise yaml.composer.ComposerError(None, None, f"key {key[1]!r} appears twice", node.start_mark)
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -118,13 +120,12 @@ class RecipeArgumentParser(HfArgumentParser):
                 raise ValueError(f"recipe file {str(path)!r} has an unknown key {key!r}")
             if value is None:
                 continue
-            tokens.append(option)
-            if isinstance(value, dict):
-                tokens.append(json.dumps(value))
-            elif isinstance(value, list):
-                tokens.extend(map(str, value))
-            else:
-                tokens.append(str(value))
+            if isinstance(value, list) and len(value) != 1:
+                tokens += [option, *map(str, value)]
+                continue
+            (value,) = value if isinstance(value, list) else (value,)
+            # One token: a value that begins with a dash is not an option.
+            tokens.append(f"{option}={json.dumps(value) if isinstance(value, dict) else value}")
         return tokens
 
 

@@ -40,6 +40,24 @@ def test_recipe_values_are_converted_and_the_command_line_wins(tmp_path):
     assert parse(["--config", recipe])[0].files == ["a", "b"]
 
 
+def test_recipe_values_may_begin_with_a_dash_hold_spaces_or_be_empty(tmp_path):
+    recipe = write(
+        tmp_path / "r.yaml", "weight_decay: -1e-5\nname: --flag\nfiles: [-a b=c]\ncount: -3\nrun_name: ''\n"
+    )
+    options, args = parse(["--config", recipe])
+    assert (options.name, options.files, options.count) == ("--flag", ["-a b=c"], -3)
+    assert (args.weight_decay, args.run_name) == (-1e-5, "")
+
+
+def test_merge_keys_take_entries_over_and_own_entries_win(tmp_path):
+    text = "base: &b {x: 1, y: 1}\nmiddle: &m {<<: *b, x: 2}\nlist: {<<: [*m, {z: 3}], y: 4}\n<<: *m\n"
+    content = load_yaml(write(tmp_path / "r.yaml", text))
+    assert content["middle"] == {"x": 2, "y": 1} and content["list"] == {"x": 2, "y": 4, "z": 3}
+    assert (content["x"], content["y"]) == (2, 1)
+    with pytest.raises(ValueError, match="'x' appears twice"):
+        load_yaml(write(tmp_path / "bad.yaml", "base: &b {y: 1}\nmore: {<<: *b, x: 1, x: 2}\n"))
+
+
 def test_a_later_recipe_wins_over_an_earlier_one(tmp_path):
     first, second = write(tmp_path / "1.yaml", "name: x\ncount: 1\n"), write(tmp_path / "2.yaml", "name: y\n")
     options, _ = parse(["--config", first, "--config", second])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerCallback, TrainerState
 
 from fastbert_hf.data.atomic import check_output_folder, staged_folder, write_text
 from fastbert_hf.data.packing import check_seq_length
@@ -119,6 +120,26 @@ def remove_checkpoints(output_dir: str | Path) -> None:
         shutil.rmtree(checkpoint)
 
 
+class TrainingClock(TrainerCallback):
+    """Seconds of training over all parts of an interrupted run: every checkpoint carries those of its steps.
+
+    Args:
+        before: seconds of the parts before this one.
+    """
+
+    def __init__(self, before: float = 0.0):
+        self.before = before
+        self.start = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Seconds until now."""
+        return self.before + time.perf_counter() - self.start
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Put the time where the Trainer stores it, in the form it knows."""
+        state.stateful_callbacks[type(self).__name__] = {"args": {"before": self.seconds()}, "attributes": {}}
+
+
 def train(trainer: "Trainer", checkpoint: str | None) -> dict[str, Any]:
     """Train, unless the checkpoint is that of a run already at its last step.
 
@@ -127,22 +148,25 @@ def train(trainer: "Trainer", checkpoint: str | None) -> dict[str, Any]:
         checkpoint: where to start from, or None.
 
     Returns:
-        train_loss (None if nothing was left to do), steps, train_seconds, resumed_from.
+        train_loss (None if nothing was left to do), steps, train_seconds, resumed_from. Steps and seconds are those
+        of the whole run, also where it was interrupted; what was lost with an interruption counts in neither.
     """
-    from transformers import TrainerState
-
+    before = 0.0
     result = {"train_loss": None, "steps": 0, "train_seconds": 0.0, "resumed_from": checkpoint}
     if checkpoint:
         state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        clock = (state.stateful_callbacks or {}).get(TrainingClock.__name__, {})
+        before = clock.get("args", {}).get("before", 0.0)
         if 0 < trainer.args.max_steps <= state.global_step:
             # Resumed at its last step, the Trainer would take one step more.
             weights = type(trainer.model).from_pretrained(checkpoint).state_dict()
             trainer.model.load_state_dict(weights)
-            return {**result, "steps": state.global_step}
-    start = time.perf_counter()
+            return {**result, "steps": state.global_step, "train_seconds": round(before, 1)}
+    clock = TrainingClock(before)
+    trainer.add_callback(clock)
     output = trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = round(time.perf_counter() - start, 1)
-    return {**result, "train_loss": output.training_loss, "steps": output.global_step, "train_seconds": seconds}
+    result |= {"train_loss": output.training_loss, "steps": output.global_step}
+    return {**result, "train_seconds": round(clock.seconds(), 1)}
 
 
 def check_fit(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase", max_seq_length: int) -> None:

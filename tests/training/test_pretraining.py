@@ -81,6 +81,27 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tiny, finishe
         assert torch.equal(resumed.state_dict()[name], value), name
 
 
+def test_tokens_and_seconds_of_a_resumed_run_cover_the_same_steps(tiny, finished, tmp_path):
+    folder, _, summary = finished
+    for checkpoint in ("checkpoint-3", "checkpoint-6"):
+        shutil.copytree(folder / checkpoint, tmp_path / checkpoint / checkpoint)
+        file = tmp_path / checkpoint / checkpoint / "trainer_state.json"
+        state = json.loads(file.read_text())
+        assert 0 < state["stateful_callbacks"]["TrainingClock"]["args"]["before"] <= summary["train_seconds"] + 0.1
+        state["stateful_callbacks"]["TrainingClock"]["args"]["before"] = 5000.0
+        file.write_text(json.dumps(state))
+        _, again = pretrain(*arguments(tiny, tmp_path / checkpoint))
+        assert again["resumed_from"].endswith(checkpoint)
+        assert again["tokens_seen"] == summary["tokens_seen"] and again["train_seconds"] >= 5000.0
+    file = tmp_path / "checkpoint-3" / "checkpoint-3" / "trainer_state.json"
+    shutil.rmtree(tmp_path / "checkpoint-3" / "checkpoint-6")
+    # A checkpoint of another program has no time, and is none the worse for it.
+    state = json.loads(file.read_text())
+    del state["stateful_callbacks"]["TrainingClock"]
+    file.write_text(json.dumps(state))
+    assert pretrain(*arguments(tiny, tmp_path / "checkpoint-3"))[1]["train_seconds"] < 5000.0
+
+
 def test_a_checkpoint_of_another_model_is_refused(tiny, finished, tmp_path):
     folder, _, _ = finished
     shutil.copytree(folder / "checkpoint-3", tmp_path / "out" / "checkpoint-3")

@@ -35,7 +35,7 @@ class Options:
 
     @property
     def rounds(self) -> int:
-        return 5 if self.quick else 9
+        return 5 if self.quick else 7
 
 
 def forward_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:

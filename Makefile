@@ -40,7 +40,7 @@ demo: venv ## pretrain, fine-tune and use a small FastBERT from text this machin
 	$(BIN)/python scripts/demo.py
 
 bench: venv ## measure this machine in three minutes; scripts/benchmark.py --help has the rest
-	$(BIN)/python scripts/benchmark.py --quick
+	$(BIN)/python scripts/benchmark.py --quick --fresh --output_dir runs/bench
 
 clean: ## remove the environment and build products
 	rm -rf $(VENV) build *.egg-info

@@ -33,6 +33,10 @@ class Row:
     def as_dict(self) -> dict:
         return {**asdict(self), "us_per_token": self.us_per_token}
 
+    @classmethod
+    def from_dict(cls, fields: dict) -> "Row":
+        return cls(**{name: value for name, value in fields.items() if name != "us_per_token"})
+
 
 def make_rows(
     timings: dict[str, Timing],

@@ -167,6 +167,7 @@ SECTIONS: dict[str, Callable[[Options, dict], Iterator[list[Row]]]] = {
     "model-training": model_training_section,
     "alternatives": alternatives_section,
     "memory": lambda options, ceilings: iter(()),  # not times: see `run`
+    "routing": lambda options, ceilings: iter(()),  # likewise
 }
 QUICK_SECTIONS = ["forward", "bfloat16", "training", "models", "memory"]
 
@@ -178,9 +179,22 @@ class Measurements:
     rows: list[Row] = field(default_factory=list)
     memory: list[MemoryRow] = field(default_factory=list)
     routing: list[RoutingChange] = field(default_factory=list)
+    sections: list[str] = field(default_factory=list)  # finished ones
+
+    @classmethod
+    def load(cls, folder: Path) -> "Measurements":
+        """What an earlier, perhaps interrupted run left in `folder`; nothing if there was none."""
+        path = folder / "results.json"
+        if not path.exists():
+            return cls()
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        rows = [Row.from_dict(row) for row in stored["rows"]]
+        memory = [MemoryRow(**row) for row in stored["memory"]]
+        return cls(rows, memory, [RoutingChange(**change) for change in stored["routing"]], stored["sections"])
 
     def as_dict(self) -> dict:
         return {
+            "sections": self.sections,
             "rows": [row.as_dict() for row in self.rows],
             "memory": [asdict(row) for row in self.memory],
             "routing": [asdict(change) for change in self.routing],
@@ -191,24 +205,33 @@ class Measurements:
         return "\n\n".join(form(rows) for rows, form in parts if rows) + "\n"
 
 
-def run(options: Options, machine: dict, report: Callable[[str], None]) -> Measurements:
-    """Run the sections, reporting every group of rows as soon as it is measured."""
-    measured = Measurements()
+def run(options: Options, machine: dict, folder: Path, report: Callable[[str], None]) -> Measurements:
+    """Run the sections that `folder` does not hold yet, reporting every group of rows as soon as it is measured.
+
+    The report is written after every section, so that an interrupted run loses one section at most.
+    """
+    measured = Measurements.load(folder)
     ceilings = {int(threads): values for threads, values in machine["ceilings"].items()}
     for name in options.sections:
+        if name in measured.sections:
+            report(f"\n## {name}: measured before\n")
+            continue
         report(f"\n## {name}\n")
         if name == "memory":
             measured.memory = memory_rows()
             report(format_memory(measured.memory))
-            continue
+        elif name == "routing":
+            measured.routing = routing_changes(options.trained_model, options.text)
+            report(format_routing(measured.routing))
+        rows: list[Row] = []
         for group in SECTIONS[name](options, ceilings):
-            measured.rows += group
+            rows += group
             report(format_table(group))
             if any(row.busy for row in group):
                 report("warning: other processes kept this machine busy; rows marked (busy) are not to be quoted")
-    if options.trained_model and options.text:
-        measured.routing = routing_changes(options.trained_model, options.text)
-        report("\n## routing on real text\n\n" + format_routing(measured.routing))
+        measured.rows += rows
+        measured.sections.append(name)
+        write_report(measured, machine, folder)
     return measured
 
 

@@ -14,7 +14,7 @@ from fastbert_hf.benchmarks.levels import NAMES, compile_levels, level_form
 from fastbert_hf.benchmarks.memory import MemoryRow, memory_rows
 from fastbert_hf.benchmarks.routing import RoutingChange, routing_changes, text_batch
 from fastbert_hf.benchmarks.rows import format_table
-from fastbert_hf.benchmarks.suite import Measurements, Options, trained_problem, write_report
+from fastbert_hf.benchmarks.suite import Measurements, Options, run, trained_problem, write_report
 from fastbert_hf.benchmarks.timing import BusyMeter, Timing, interleaved
 from tests import oracle
 
@@ -180,3 +180,30 @@ def test_the_report_holds_rows_machine_and_plots(tmp_path):
     for plot in ("time-per-token.png", "speedup-depth.png"):
         assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
     assert options.rounds == 5
+    again = Measurements.load(tmp_path)
+    assert again == measured and Measurements.load(tmp_path / "nothing") == Measurements()
+
+
+def test_an_interrupted_run_goes_on_with_the_missing_sections(tmp_path, monkeypatch):
+    measured_sections = []
+
+    def section(name):
+        def measure(options, ceilings):
+            measured_sections.append(name)
+            yield layer.forward_rows(4, 1, CEILINGS, depth=2, rounds=1, compile_dense=False, section=name)
+
+        return measure
+
+    def interrupted(options, ceilings):
+        raise KeyboardInterrupt
+
+    machine, report = {"ceilings": {"1": CEILINGS}}, lambda text: None
+    options = Options(threads=[1], sections=["first", "second"])
+    monkeypatch.setattr("fastbert_hf.benchmarks.suite.SECTIONS", {"first": section("first"), "second": interrupted})
+    with pytest.raises(KeyboardInterrupt):
+        run(options, machine, tmp_path, report)
+    assert Measurements.load(tmp_path).sections == ["first"]
+    sections = {"first": section("first"), "second": section("second")}
+    monkeypatch.setattr("fastbert_hf.benchmarks.suite.SECTIONS", sections)
+    rows = run(options, machine, tmp_path, report).rows
+    assert measured_sections == ["first", "second"] and {row.section for row in rows} == {"first", "second"}

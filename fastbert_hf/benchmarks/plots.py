@@ -7,17 +7,26 @@ from fastbert_hf.benchmarks.rows import Row
 
 def plot_time_per_token(rows: list[Row], path: Path) -> None:
     """Microseconds per token against N, one line an entry, log-log; one panel a thread count."""
+    from matplotlib import colormaps
+
     rows = [row for row in rows if row.section == "forward" and row.dtype == "float32" and row.inputs == "balanced"]
     threads = sorted({row.threads for row in rows})
     figure, axes = _panels(len(threads))
+    entries = sorted({(row.entry, row.entry_point) for row in rows})
+    colors = colormaps["tab20"].colors  # one colour an entry, in every panel
     for axis, count in zip(axes, threads):
-        chosen = [row for row in rows if row.threads == count]
-        for entry, point in sorted({(row.entry, row.entry_point) for row in chosen}):
-            line = sorted((r.tokens, r.us_per_token) for r in chosen if (r.entry, r.entry_point) == (entry, point))
-            axis.plot(*zip(*line), marker="o", markersize=3, label=f"{entry} ({point})")
+        for index, (entry, point) in enumerate(entries):
+            line = sorted(
+                (row.tokens, row.us_per_token)
+                for row in rows
+                if (row.threads, row.entry, row.entry_point) == (count, entry, point)
+            )
+            x, y = zip(*line) if line else ((), ())
+            label = f"{entry} ({point})"
+            axis.plot(x, y, marker="o", markersize=3, color=colors[index % len(colors)], label=label)
         axis.set(xscale="log", yscale="log", xlabel="tokens N", ylabel="µs per token", title=f"{count} thread(s)")
         axis.grid(alpha=0.3)
-    axes[-1].legend(fontsize=6)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     figure.savefig(path, dpi=150)
 
 

@@ -192,6 +192,16 @@ def use_model(model: PreTrainedModel, folder: Path) -> list[str]:
     ]
 
 
+def peak_gigabytes() -> float:
+    """Most resident memory this process has had, in 10^9 bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
 def main(argv: list[str] | None = None) -> list[str]:
     """Run everything; returns the summary's lines.
 
@@ -219,7 +229,7 @@ def main(argv: list[str] | None = None) -> list[str]:
         f"which library?   accuracy {tuned['accuracy']:.3f} on {tuned['examples']} held-out texts; "
         f"always the most frequent {tuned['majority_accuracy']:.3f}",
         *use_model(model, folder / "pretrained"),
-        f"time             {time.perf_counter() - start:.0f} s",
+        f"time             {time.perf_counter() - start:.0f} s; peak memory {peak_gigabytes():.2f} GB",
     ]
     print("\n" + "\n".join(lines))
     if not options.quick and pretrained["nats_under_unigram"] < options.wanted_nats:

@@ -1,5 +1,6 @@
 """Whole models: FastBERT against its dense twin, against no feed-forward at all, and against what people use."""
 
+import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -149,7 +150,7 @@ def alternatives_rows(batch: int, tokens: int, threads: int, rounds: int = 5) ->
     """FastBERT at BERT-base's depth beside what a user would pick for a fast encoder on a CPU, random weights.
 
     DistilBERT's shape in torch; BERT-base in torch and, where onnxruntime is installed, as ONNX in float32 and
-    dynamically quantised to int8.
+    dynamically quantised to int8. The models in torch also in bfloat16, which is what to compare int8 with.
     """
     from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
@@ -167,14 +168,16 @@ def alternatives_rows(batch: int, tokens: int, threads: int, rounds: int = 5) ->
     fastbert = FastBertModel(FastBertConfig(**BERT_BASE, **geometry, num_hidden_layers=12)).eval()
     ids = torch.randint(1, 30522, (batch, tokens), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
-    entries = {
-        "BERT-base, torch (module call)": lambda: bert(ids, mask),
-        "DistilBERT, torch (module call)": lambda: distilbert(ids, mask),
-        "FastBERT 12 layers (module call)": lambda: fastbert(ids, mask),
-    }
-    matches = {}
+    entries, matches = {}, {}
     with torch.inference_mode():
         expected = bert(ids, mask).last_hidden_state
+        for name, model in {"BERT-base": bert, "DistilBERT": distilbert, "FastBERT 12 layers": fastbert}.items():
+            half = copy.deepcopy(model).to(torch.bfloat16)
+            entries[f"{name}, torch (module call)"] = lambda m=model: m(ids, mask)
+            entries[f"{name}, torch bfloat16 (module call)"] = lambda m=half: m(ids, mask)
+            exact, rounded = (m(ids, mask).last_hidden_state.float() for m in (model, half))
+            difference = (exact - rounded).norm() / exact.norm()
+            matches[f"{name}, torch bfloat16 (module call)"] = f"{difference:.1g} from float32 (relative norm)"
         for name, run in _onnx_sessions(bert, ids, mask, threads).items():
             entries[name] = run
             difference = (torch.from_numpy(run()[0]) - expected).abs().max().item()
@@ -188,7 +191,7 @@ def alternatives_rows(batch: int, tokens: int, threads: int, rounds: int = 5) ->
         case=f"12 layers, {batch} x {tokens}",
         tokens=batch * tokens,
         threads=threads,
-        dtype="float32",
+        dtype="float32 unless named",
         inputs="random ids",
     )
 

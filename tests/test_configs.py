@@ -49,8 +49,13 @@ def test_model_recipes_hold_known_fields_only(path):
     assert set(recipe) <= set(defaults)
     for name, value in recipe.items():
         assert getattr(config, name) == value
-    depth = int(path.stem.rsplit("x", 1)[1])
-    assert config.fff_depth == depth and config.neurons_per_token == depth + 1
+    shape = path.stem.rsplit("-", 1)[1]
+    if "dense" in path.stem:
+        assert config.ffn_type == "dense" and config.intermediate_size == int(shape)
+    else:
+        trees, depth = map(int, shape.split("x"))
+        assert (config.ffn_type, config.fff_trees, config.fff_depth) == ("fff", trees, depth)
+        assert config.neurons_per_token == trees * (depth + 1)
 
 
 @pytest.mark.parametrize("path", in_group("pretrain"), ids=named)

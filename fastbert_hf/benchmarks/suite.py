@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForMaskedLM
 
 from fastbert_hf.benchmarks import layer, models
+from fastbert_hf.benchmarks.headline import format_headline
 from fastbert_hf.benchmarks.memory import MemoryRow, format_memory, memory_rows
 from fastbert_hf.benchmarks.plots import plot_speedup_against_depth, plot_time_per_token
 from fastbert_hf.benchmarks.routing import RoutingChange, format_routing, routing_changes, text_batch
@@ -202,7 +203,8 @@ class Measurements:
 
     def tables(self) -> str:
         parts = [(self.rows, format_table), (self.memory, format_memory), (self.routing, format_routing)]
-        return "\n\n".join(form(rows) for rows, form in parts if rows) + "\n"
+        tables = [format_headline(self.rows, self.memory), *(form(rows) for rows, form in parts if rows)]
+        return "\n\n".join(tables) + "\n"
 
 
 def run(options: Options, machine: dict, folder: Path, report: Callable[[str], None]) -> Measurements:

@@ -1,0 +1,149 @@
+"""The few figures that a reader asks for first, taken from the rows that were measured."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fastbert_hf.benchmarks.memory import MemoryRow
+from fastbert_hf.benchmarks.rows import Row
+
+KERNEL, MODULE = ("native", "C call"), ("native", "module call")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A speed-up to report: which row is divided by which.
+
+    Args:
+        title: what the ratio says.
+        section: the rows' section.
+        candidate: entry and entry point of the row in question.
+        baseline: entry of the row that it is compared with.
+        tokens: N, or none where the case tells.
+        case: of both rows, or none where the section has one.
+    """
+
+    title: str
+    section: str
+    candidate: tuple[str, str]
+    baseline: str
+    tokens: int | None = None
+    case: str | None = None
+
+
+def _layer_figures() -> Iterator[Figure]:
+    for tokens in (1, 128, 512, 1024, 2048, 4096, 16384):
+        for called, candidate in (("kernel", KERNEL), ("module call", MODULE)):
+            for baseline in ("dense 4095 eager", "dense, the fastest"):
+                yield Figure(f"forward, N = {tokens}, {called}", "forward", candidate, baseline, tokens)
+    yield Figure("forward, N = 1024, kernel", "forward", KERNEL, "FFF BMM", 1024)
+    for tokens in (1024, 4096):
+        for baseline in ("dense-and-mask", "dense"):
+            title = f"forward and backward, N = {tokens}"
+            yield Figure(title, "forward and backward", ("native", "op with autograd"), baseline, tokens)
+
+
+def _model_figures() -> Iterator[Figure]:
+    called = ("FastBERT", "module call")
+    for batch in (1, 8, 32):
+        case = f"16 layers, {batch} x 128"
+        for baseline in ("dense twin 4095", "dense, the fastest", "no feed-forward"):
+            yield Figure(f"whole encoder, {batch} x 128", "whole encoder, inference", called, baseline, None, case)
+    for batch in (1, 32):
+        case = f"16 layers, {batch} x 128"
+        for baseline in ("dense-and-mask", "dense twin 4095"):
+            entry = ("FastBERT", "training step")
+            yield Figure(f"training step, {batch} x 128", "training step", entry, baseline, None, case)
+    for kind in ("", " bfloat16"):
+        for baseline in ("DistilBERT, torch", "BERT-base, ONNX Runtime float32", "BERT-base, ONNX Runtime int8"):
+            half = kind if baseline == "DistilBERT, torch" else ""
+            yield Figure(
+                f"12 layers, 1 x 128,{kind or ' float32'}",
+                "whole encoder against alternatives",
+                (f"FastBERT 12 layers, torch{kind}", "module call"),
+                baseline + half,
+                None,
+                "12 layers, 1 x 128",
+            )
+
+
+def _find(rows: list[Row], figure: Figure, threads: int) -> tuple[Row, Row] | None:
+    """The candidate's and the baseline's row with this many threads."""
+    group = [
+        row
+        for row in rows
+        if row.section == figure.section
+        and row.threads == threads
+        and figure.tokens in (None, row.tokens)
+        and figure.case in (None, row.case)
+    ]
+    candidates = [row for row in group if (row.entry, row.entry_point) == figure.candidate]
+    if figure.baseline == "dense, the fastest":
+        # The paper's own forms are not in it: those are the rows named after what PyTorch does.
+        baselines = [row for row in group if row.entry.startswith("dense ") and row.entry.split()[-2].isdecimal()]
+        baselines += [row for row in group if row.entry.startswith("dense twin ")]
+    else:
+        baselines = [row for row in group if row.entry == figure.baseline]
+    if not candidates or not baselines:
+        return None
+    return candidates[0], min(baselines, key=lambda row: row.median_ms)
+
+
+def _half_precision(rows: list[Row], threads: int) -> Iterator[tuple[str, str, Row, Row]]:
+    """Our kernel in bfloat16 against itself in float32."""
+    for tokens in (2048, 16384):
+        found = {
+            row.dtype: row
+            for row in rows
+            if (row.section, row.tokens, row.threads, row.entry, row.entry_point)
+            == ("bfloat16", tokens, threads, *KERNEL)
+        }
+        if len(found) == 2:
+            title = f"forward in bfloat16, N = {tokens}, kernel"
+            yield title, "the kernel in float32", found["bfloat16"], found["float32"]
+
+
+def format_headline(rows: list[Row], memory: list[MemoryRow]) -> str:
+    """A Markdown table of speed-ups, a column for each thread count; only what was measured is in it."""
+    counts = sorted({row.threads for row in rows})
+    cells: dict[tuple[str, str], dict[int, str]] = {}
+    for threads in counts:
+        pairs = [
+            (figure.title, figure.baseline, *found)
+            for figure in (*_layer_figures(), *_model_figures())
+            if (found := _find(rows, figure, threads))
+        ]
+        for title, baseline, candidate, reference in (*pairs, *_half_precision(rows, threads)):
+            mark = " (busy)" if candidate.busy or reference.busy else ""
+            ratio = f"{reference.median_ms / candidate.median_ms:.3g}x{mark}"
+            cells.setdefault((title, baseline), {})[threads] = ratio
+    lines = [
+        "| figure | against | " + " | ".join(f"{n} thread{'s' * (n > 1)}" for n in counts) + " |",
+        "|---|---|" + "---|" * len(counts),
+    ]
+    lines += [
+        f"| {title} | {baseline} | " + " | ".join(values.get(n, "") for n in counts) + " |"
+        for (title, baseline), values in cells.items()
+    ]
+    lines += _scaling(rows, counts)
+    lines += [
+        f"| memory above inputs and output, N = {row.tokens}: {row.form} | | {row.megabytes} MB |" for row in memory
+    ]
+    return "\n".join(lines)
+
+
+def _scaling(rows: list[Row], counts: list[int]) -> Iterator[str]:
+    """The largest thread count over one, at the largest N."""
+    for called, candidate in (("kernel", KERNEL), ("module call", MODULE)):
+        found = {
+            row.threads: row.median_ms
+            for row in rows
+            if row.section == "forward" and row.tokens == 16384 and (row.entry, row.entry_point) == candidate
+        }
+        if 1 in found and len(found) > 1:
+            most = max(found)
+            title = f"forward, N = 16384, {called}, {most} threads"
+            yield (
+                f"| {title} | one thread | "
+                + " | ".join(f"{found[1] / found[most]:.3g}x" if n == most else "" for n in counts)
+                + " |"
+            )

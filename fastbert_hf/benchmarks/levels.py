@@ -20,13 +20,13 @@ def compile_levels() -> ctypes.CDLL | str:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return "no C++ compiler was found"
-    folder = Path(tempfile.mkdtemp(prefix="fastbert-levels-"))
-    target = folder / "levels.so"
     command = [compiler, "-O3", "-march=native", "-ffast-math", "-fopenmp-simd", "-shared", "-fPIC"]
-    result = subprocess.run([*command, str(SOURCE), "-o", str(target)], capture_output=True, text=True)
-    if result.returncode:
-        return f"{compiler} failed: {result.stderr.strip().splitlines()[-1:]}"
-    return ctypes.CDLL(str(target))
+    with tempfile.TemporaryDirectory(prefix="fastbert-levels-") as folder:
+        target = Path(folder) / "levels.so"
+        result = subprocess.run([*command, str(SOURCE), "-o", str(target)], capture_output=True, text=True)
+        if result.returncode:
+            return f"{compiler} failed: {result.stderr.strip().splitlines()[-1:]}"
+        return ctypes.CDLL(str(target))  # stays mapped when the file is gone
 
 
 def level_form(library: ctypes.CDLL, name: str) -> Callable[..., Tensor]:

@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     tokenizer = ["--train_file", str(files["train"]), "--output_dir", str(folder / "tokenizer")]
     train_tokenizer.main([*tokenizer, "--vocab_size", "4096"])
     model, pretrained = pretrain_mlm.main(pretrain_arguments(options, folder, files))
-    _, tuned = run_glue.main(glue_arguments(options, folder, files))
+    (tuned,) = run_glue.main(glue_arguments(options, folder, files))
     lines = [
         f"corpus           {size:.1f} MB of documentation strings, {HELD_OUT_SHARE:.0%} of source files held out",
         f"pretraining      {pretrained['parameters'] / 1e6:.2f} M parameters, "

@@ -1,24 +1,29 @@
 #!/usr/bin/env python
-"""Fine-tune and evaluate a classifier on a GLUE task or on data of the same format.
+"""Fine-tune and evaluate classifiers on GLUE tasks, or on data of the same form.
 
     python scripts/run_glue.py --config configs/glue/paper.yaml --model_name_or_path runs/pretrained \
         --task_name mrpc --glue_dir /path/to/glue --output_dir runs/mrpc
+
+Several models, tasks (or "all") and seeds give a run each, in folders of their own, and one table; started again, the
+command goes on with the runs that are not finished.
 """
 
 import sys
 from typing import Any
 
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 
 import fastbert_hf  # noqa: F401  registers the model with the Auto classes
 from fastbert_hf.training.arguments import RecipeArgumentParser, run_command
-from fastbert_hf.training.finetuning import DataTrainingArguments, ModelArguments, finetune
+from fastbert_hf.training.classifier import ModelArguments
+from fastbert_hf.training.finetuning import DataTrainingArguments
+from fastbert_hf.training.glue_runs import finetune_all
 
 
-def main(argv: list[str] | None = None) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Parse, train, evaluate; returns the model and the summary."""
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    """Parse, train, evaluate; returns the summaries of all runs."""
     parser = RecipeArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments), description=__doc__)
-    return finetune(*parser.parse(argv))
+    return finetune_all(*parser.parse(argv))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from transformers import AutoConfig, TrainingArguments
 
 import fastbert_hf  # noqa: F401  registers the model with the Auto classes
 from fastbert_hf.training.arguments import RecipeArgumentParser, load_yaml
-from fastbert_hf.training.finetuning import DataTrainingArguments, ModelArguments
+from fastbert_hf.training.classifier import ModelArguments
+from fastbert_hf.training.finetuning import DataTrainingArguments
 from fastbert_hf.training.pretraining import PretrainingArguments
 
 ROOT = Path(__file__).resolve().parent.parent

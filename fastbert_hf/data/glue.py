@@ -1,12 +1,12 @@
 """The nine GLUE tasks, and classification tasks of one's own in the same shape."""
 
-import csv
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from fastbert_hf.data.tables import SUFFIXES, read_rows
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Task:
         labels: label names in the order of their ids; empty for regression.
         metrics: metric names, the main one first.
         validations: names of the validation files without suffix.
+        tests: likewise, of those without labels.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Task:
     labels: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
     validations: tuple[str, ...] = ("validation",)
+    tests: tuple[str, ...] = ("test",)
 
     @property
     def is_regression(self) -> bool:
@@ -41,6 +43,7 @@ class Task:
 _PAIR = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
 _MATCHED = ("validation_matched", "validation_mismatched")
+_MATCHED_TESTS = ("test_matched", "test_mismatched")
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -50,7 +53,13 @@ TASKS: dict[str, Task] = {
         Task("mrpc", _PAIR, ("not_equivalent", "equivalent"), ("f1", "accuracy")),
         Task("stsb", _PAIR, (), ("pearson", "spearman")),
         Task("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("f1", "accuracy")),
-        Task("mnli", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), validations=_MATCHED),
+        Task(
+            "mnli",
+            ("premise", "hypothesis"),
+            ("entailment", "neutral", "contradiction"),
+            validations=_MATCHED,
+            tests=_MATCHED_TESTS,
+        ),
         Task("qnli", ("question", "sentence"), _ENTAILMENT),
         Task("rte", _PAIR, _ENTAILMENT),
         Task("wnli", _PAIR, ("not_entailment", "entailment")),
@@ -67,15 +76,17 @@ class Split:
     Attributes:
         name: where it came from, for messages.
         texts: one list per text column, all of S strings.
-        labels: S ids, or S floats for regression.
+        labels: S ids, or S floats for regression; none in a test split.
+        ids: S numbers that a submission calls the rows by.
     """
 
     name: str
     texts: list[list[str]]
     labels: list[int] | list[float] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.texts[0])
 
     def head(self, limit: int | None) -> "Split":
         """The first `limit` rows; all of them if `limit` is None.
@@ -87,7 +98,38 @@ class Split:
             return self
         if limit < 1:
             raise ValueError(f"a limit on samples must be at least 1; got {limit}")
-        return Split(self.name, [column[:limit] for column in self.texts], self.labels[:limit])
+        texts = [column[:limit] for column in self.texts]
+        return Split(self.name, texts, self.labels[:limit], self.ids[:limit])
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task and its examples.
+
+    Attributes:
+        task: what the data looks like.
+        train: training split, or None where it was neither wanted nor there.
+        validations: validation splits by name.
+        tests: test splits by name; empty unless they were wanted.
+    """
+
+    task: Task
+    train: Split | None
+    validations: dict[str, Split]
+    tests: dict[str, Split] = field(default_factory=dict)
+
+    def limited(self, train: int | None, validation: int | None, test: int | None) -> "TaskData":
+        """The first rows of each split; None leaves a split whole.
+
+        Raises:
+            ValueError: if a limit is not positive.
+        """
+        return TaskData(
+            self.task,
+            self.train and self.train.head(train),
+            {name: split.head(validation) for name, split in self.validations.items()},
+            {name: split.head(test) for name, split in self.tests.items()},
+        )
 
 
 def get_task(name: str) -> Task:
@@ -107,58 +149,7 @@ def get_task(name: str) -> Task:
     return TASKS[name.lower()]
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Read a table of examples.
-
-    Args:
-        path: .jsonl or .json (an object a line), .csv or .tsv (with a header line). Fields of .csv may be quoted,
-            quotation marks in .tsv are part of the text.
-
-    Returns:
-        One dict a row; values of csv and tsv are strings.
-
-    Raises:
-        ValueError: for a missing file, unknown type, malformed line or a file without rows.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"data file {str(path)!r} does not exist")
-    try:
-        if path.suffix in (".jsonl", ".json"):
-            rows = _json_rows(path)
-        elif path.suffix in (".csv", ".tsv"):
-            # In GLUE's own .tsv files a quotation mark is a character like any other.
-            form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-            with open(path, encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file, **form))
-        else:
-            raise ValueError(f"data file {str(path)!r} has an unknown type; wanted .jsonl, .json, .csv or .tsv")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data file {str(path)!r} is not UTF-8 text: {error}") from error
-    except csv.Error as error:
-        raise ValueError(f"data file {str(path)!r} is not a table of short fields: {error}") from error
-    if not rows:
-        raise ValueError(f"data file {str(path)!r} is empty; at least one example is wanted")
-    return rows
-
-
-def _json_rows(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: wanted a JSON object; got {line.strip()[:60]!r}")
-            rows.append(row)
-    return rows
-
-
-def to_split(rows: Iterable[dict[str, Any]], task: Task, name: str) -> Split:
+def to_split(rows: Iterable[dict[str, Any]], task: Task, name: str, labelled: bool = True) -> Split:
     """Check rows against a task and turn them into columns.
 
     Args:
@@ -166,6 +157,7 @@ def to_split(rows: Iterable[dict[str, Any]], task: Task, name: str) -> Split:
             regression.
         task: what the rows must look like.
         name: where the rows come from, for messages.
+        labelled: False for test rows, whose labels nobody has.
 
     Returns:
         The checked split.
@@ -174,10 +166,11 @@ def to_split(rows: Iterable[dict[str, Any]], task: Task, name: str) -> Split:
         ValueError: naming the row, for a missing column, a text that is not a string, an unknown label, or no rows.
     """
     split = Split(name, [[] for _ in task.columns])
+    columns = (*task.columns, "label") if labelled else task.columns
     for number, row in enumerate(rows, start=1):
-        missing = [column for column in (*task.columns, "label") if column not in row]
+        missing = [column for column in columns if column not in row]
         if missing:
-            wanted = ", ".join((*task.columns, "label"))
+            wanted = ", ".join(columns)
             raise ValueError(
                 f"{name}, row {number}: column {missing[0]!r} is missing; {task.name} wants {wanted}; "
                 f"the row has {', '.join(map(str, row))}"
@@ -186,8 +179,10 @@ def to_split(rows: Iterable[dict[str, Any]], task: Task, name: str) -> Split:
             if not isinstance(row[column], str):
                 raise ValueError(f"{name}, row {number}: {column!r} must be a text; got {row[column]!r}")
             values.append(row[column])
-        split.labels.append(_label(row["label"], task, f"{name}, row {number}"))
-    if not split.labels:
+        if labelled:
+            split.labels.append(_label(row["label"], task, f"{name}, row {number}"))
+        split.ids.append(_row_id(row.get("idx"), number - 1))
+    if not len(split):
         raise ValueError(f"{name} is empty; at least one example is wanted")
     return split
 
@@ -207,6 +202,12 @@ def _label(value: Any, task: Task, where: str) -> int | float:
         wanted = ", ".join(f"{index} ({label})" for index, label in enumerate(task.labels))
         raise ValueError(f"{where}: unknown label {value!r}; {task.name} wants one of {wanted}")
     return value
+
+
+def _row_id(value: Any, position: int) -> int:
+    """What a submission calls a row: its idx, or its position where it has none."""
+    number = _number(value)
+    return position if number is None or number != int(number) else int(number)
 
 
 def _number(value: Any) -> float | None:
@@ -263,63 +264,93 @@ def _check_own_label(label: Any, where: str) -> None:
         raise ValueError(f"{where}: the label must be a text or a finite number; got {repr(label)[:60]}")
 
 
-def load_task_files(task: Task | None, train: str | Path, validations: Iterable[str | Path]):
+def load_task_files(
+    task: Task | None,
+    train: str | Path | None,
+    validations: Iterable[str | Path] = (),
+    tests: Iterable[str | Path] = (),
+) -> TaskData:
     """Load a task from explicit files.
 
     Args:
-        task: a known task, or None to describe it from the training file.
-        train: training file.
+        task: a known task, or None to describe it from the training file (the first validation file without one).
+        train: training file, or None.
         validations: validation files.
+        tests: files without labels.
 
     Returns:
-        (task, training split, {file stem: validation split}).
+        The task and its splits, validation and test splits by file stem.
 
     Raises:
-        ValueError: as `read_rows`, `infer_task` and `to_split`.
+        ValueError: as `read_rows`, `infer_task` and `to_split`, or if there is no file with labels.
     """
-    validation_rows = {Path(path).stem: (str(path), read_rows(path)) for path in validations}
-    rows = read_rows(train)
+    tables = {"train": [train] if train else [], "validation": list(validations), "test": list(tests)}
+    rows = {part: [(str(path), read_rows(path)) for path in paths] for part, paths in tables.items()}
+    labelled = rows["train"] + rows["validation"]
+    if not labelled:
+        raise ValueError("no data with labels: a training or a validation file is wanted")
     own = task is None
     if own:
-        task = infer_task(rows, str(train))
-    splits = {}
-    for stem, (name, part) in {"": (str(train), rows), **validation_rows}.items():
-        if own and not task.is_regression:
-            # Class names, so that the labels 3 and 5 do not read as ids.
-            part = [{**row, "label": str(row["label"])} if "label" in row else row for row in part]
-        splits[stem] = to_split(part, task, name)
-    return task, splits.pop(""), splits
+        task = infer_task(labelled[0][1], labelled[0][0])
+    splits: dict[str, list[Split]] = {}
+    for part, files in rows.items():
+        splits[part] = []
+        for name, table in files:
+            if own and not task.is_regression:
+                # Class names, so that the labels 3 and 5 do not read as ids.
+                table = [{**row, "label": str(row["label"])} if "label" in row else row for row in table]
+            splits[part].append(to_split(table, task, name, labelled=part != "test"))
+
+    def by_stem(part: str) -> dict[str, Split]:
+        return {Path(path).stem: split for path, split in zip(tables[part], splits[part], strict=True)}
+
+    return TaskData(task, next(iter(splits["train"]), None), by_stem("validation"), by_stem("test"))
 
 
-def load_glue(name: str, glue_dir: str | Path | None = None):
+def load_glue(
+    name: str, glue_dir: str | Path | None = None, need_train: bool = True, need_test: bool = False
+) -> TaskData:
     """Load a GLUE task from a local folder or from the Hub.
 
     Args:
         name: task name.
-        glue_dir: folder with <task>/train.jsonl and <task>/validation.jsonl (MNLI: validation_matched.jsonl and
-            validation_mismatched.jsonl); None loads nyu-mll/glue from the Hub or its cache.
+        glue_dir: folder with <task>/train.jsonl and <task>/validation.jsonl (MNLI: validation_matched and
+            validation_mismatched); .json, .parquet, .csv and .tsv with a header are read as well. None loads
+            nyu-mll/glue from the Hub or its cache.
+        need_train: whether a missing training split is an error.
+        need_test: load the test split (MNLI: test_matched and test_mismatched) too, an error if there is none.
 
     Returns:
-        (task, training split, {validation name: split}).
+        The task and its splits.
 
     Raises:
         ValueError: for an unknown task, a missing folder or split, or bad rows.
     """
     task = get_task(name)
     if glue_dir is None:
-        return _load_hub(task)
+        return _load_hub(task, need_test)
     if not Path(glue_dir).is_dir():
         raise ValueError(f"glue_dir {str(glue_dir)!r} is not a folder")
     folder = Path(glue_dir) / task.name
-    files = {split: folder / f"{split}.jsonl" for split in ("train", *task.validations)}
-    for split, file in files.items():
-        if not file.is_file():
-            raise ValueError(f"{task.name} has no {split} split: {str(file)!r} does not exist")
-    train = files.pop("train")
-    return load_task_files(task, train, files.values())
+    train = _split_file(folder, "train", task, need_train)
+    validations = [_split_file(folder, split, task) for split in task.validations]
+    tests = [_split_file(folder, split, task) for split in task.tests] if need_test else []
+    return load_task_files(task, train, validations, tests)
 
 
-def _load_hub(task: Task):
+def _split_file(folder: Path, split: str, task: Task, needed: bool = True) -> Path | None:
+    files = [folder / f"{split}{suffix}" for suffix in SUFFIXES]
+    found = [file for file in files if file.is_file()]
+    if len(found) > 1:
+        raise ValueError(
+            f"{task.name} has its {split} split twice: {found[0].name} and {found[1].name} in {str(folder)!r}"
+        )
+    if needed and not found:
+        raise ValueError(f"{task.name} has no {split} split: {str(files[0])!r} does not exist")
+    return found[0] if found else None
+
+
+def _load_hub(task: Task, need_test: bool) -> TaskData:
     from datasets import load_dataset
 
     try:
@@ -329,5 +360,13 @@ def _load_hub(task: Task):
         raise ValueError(
             f"{HUB_DATASET} ({task.name}) cannot be loaded: {reason}; --glue_dir names a local folder instead"
         ) from error
-    splits = {name: to_split(parts[name], task, f"{HUB_DATASET} {name}") for name in ("train", *task.validations)}
-    return task, splits.pop("train"), splits
+
+    def split(name: str, labelled: bool = True) -> Split:
+        return to_split(parts[name], task, f"{HUB_DATASET} {name}", labelled)
+
+    return TaskData(
+        task,
+        split("train"),
+        {name: split(name) for name in task.validations},
+        {name: split(name, labelled=False) for name in task.tests} if need_test else {},
+    )

@@ -129,12 +129,13 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: str | Path) -> 
         tokenizer.save_pretrained(stage)
 
 
-def load_tokenizer(name_or_path: str | Path, needs_mask: bool = False) -> "PreTrainedTokenizerBase":
+def load_tokenizer(name_or_path: str | Path, needs_mask: bool = False, **hub) -> "PreTrainedTokenizerBase":
     """Load a tokenizer, with one clear error instead of a chain of attempts.
 
     Args:
         name_or_path: folder or Hub name.
         needs_mask: also require a mask token (MLM pretraining).
+        **hub: how to fetch it, as `from_pretrained` takes it: revision, cache_dir, token, trust_remote_code.
 
     Returns:
         The tokenizer.
@@ -148,7 +149,7 @@ def load_tokenizer(name_or_path: str | Path, needs_mask: bool = False) -> "PreTr
     if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         raise ValueError(f"no tokenizer in {str(folder)!r}: neither tokenizer.json nor vocab.txt is there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
+        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), **hub)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"no tokenizer can be loaded from {str(name_or_path)!r}: {reason}") from error

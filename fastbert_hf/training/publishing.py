@@ -10,7 +10,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from fastbert_hf.data.atomic import write_text
 from fastbert_hf.hub.access import check_write_access
-from fastbert_hf.hub.card import RECIPE
+from fastbert_hf.hub.card import RECIPE, render_card
 from fastbert_hf.hub.push import PushOptions, push
 from fastbert_hf.modeling_fastbert import FastBertPreTrainedModel
 
@@ -95,6 +95,24 @@ def write_recipe(args: "TrainingArguments", **options: Any) -> None:
     if "max_steps" in recipe:
         del recipe["num_train_epochs"]  # overruled
     write_text(Path(args.output_dir) / RECIPE, json.dumps({**recipe, **options}, indent=2) + "\n")
+
+
+def write_card(trainer: "Trainer") -> None:
+    """Write README.md into the output folder: what the model is, what it was trained on, how well it does.
+
+    Args:
+        trainer: done, with model and summary in its output folder. Models that are not FastBERT get the card that
+            the Trainer makes.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    model, folder = trainer.accelerator.unwrap_model(trainer.model), Path(trainer.args.output_dir)
+    if not isinstance(model, FastBertPreTrainedModel):
+        trainer.create_model_card()
+        return
+    repo = trainer.args.hub_model_id or folder.absolute().name
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    write_text(folder / "README.md", render_card(folder, model.config, type(model).__name__, parameters, repo))
 
 
 def publish(trainer: "Trainer") -> None:

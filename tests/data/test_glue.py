@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from fastbert_hf.data.glue import TASKS, get_task, load_glue, load_task_files, read_rows
+from fastbert_hf.data.glue import TASKS, get_task, load_glue, load_task_files
+from fastbert_hf.data.tables import read_rows
 
 
 def write_rows(path, rows):
@@ -23,8 +24,9 @@ def test_every_task_loads_from_the_folder_layout(name, tmp_path):
     labels = [0.0, 2.5] if task.is_regression else list(range(task.num_labels))
     for split in ("train", *task.validations):
         write_rows(tmp_path / name / f"{split}.jsonl", [example(task, label) for label in labels])
-    loaded, train, validations = load_glue(name.upper(), tmp_path)
-    assert loaded is task
+    data = load_glue(name.upper(), tmp_path)
+    train, validations = data.train, data.validations
+    assert data.task is task and data.tests == {}
     assert train.labels == labels
     assert train.texts == [[f"a {column}"] * len(labels) for column in task.columns]
     assert tuple(validations) == task.validations
@@ -102,10 +104,10 @@ def test_unreadable_files_are_named(tmp_path, name, content, message):
 def test_own_task_in_csv_and_tsv(tmp_path):
     (tmp_path / "train.csv").write_text('text,label\n"good, really",5\nbad,3\n')
     (tmp_path / "dev.tsv").write_text("text\tlabel\nbad\t3\n")
-    task, train, validations = load_task_files(None, tmp_path / "train.csv", [tmp_path / "dev.tsv"])
-    assert task.columns == ("text",) and task.labels == ("3", "5")
-    assert train.labels == [1, 0] and train.texts == [["good, really", "bad"]]
-    assert validations["dev"].labels == [0]
+    data = load_task_files(None, tmp_path / "train.csv", [tmp_path / "dev.tsv"])
+    assert data.task.columns == ("text",) and data.task.labels == ("3", "5")
+    assert data.train.labels == [1, 0] and data.train.texts == [["good, really", "bad"]]
+    assert data.validations["dev"].labels == [0]
     (tmp_path / "dev.tsv").write_text("text\tlabel\nbad\t1\n")
     with pytest.raises(ValueError, match="unknown label '1'"):
         load_task_files(None, tmp_path / "train.csv", [tmp_path / "dev.tsv"])
@@ -121,7 +123,8 @@ def test_quotation_marks_in_tsv_are_text(tmp_path):
 def test_own_task_with_fractional_labels_is_regression(tmp_path):
     rows = [{"sentence2": "b", "other": 1, "sentence1": "a", "label": value} for value in (0.5, 3)]
     file = write_rows(tmp_path / "a.jsonl", rows)
-    task, train, _ = load_task_files(None, file, [file])
+    data = load_task_files(None, file, [file])
+    task, train = data.task, data.train
     assert task.is_regression and task.columns == ("sentence1", "sentence2")
     assert train.labels == [0.5, 3.0] and train.texts == [["a", "a"], ["b", "b"]]
 
@@ -161,7 +164,63 @@ def test_own_task_names_the_row_of_a_bad_label(tmp_path, label, message):
 
 def test_head_limits_rows(tmp_path):
     file = write_rows(tmp_path / "a.jsonl", [example(TASKS["rte"], row % 2) for row in range(5)])
-    _, train, _ = load_task_files(TASKS["rte"], file, [])
+    train = load_task_files(TASKS["rte"], file).train
     assert len(train.head(3)) == len(train.head(3).texts[0]) == 3 and train.head(None) is train
     with pytest.raises(ValueError, match="at least 1"):
         train.head(0)
+
+
+def test_the_training_split_may_be_missing_where_nobody_trains(tmp_path):
+    write_rows(tmp_path / "qnli" / "validation.jsonl", [example(TASKS["qnli"], 1)])
+    with pytest.raises(ValueError, match="qnli has no train split"):
+        load_glue("qnli", tmp_path)
+    data = load_glue("qnli", tmp_path, need_train=False)
+    assert data.train is None and len(data.validations["validation"]) == 1
+
+
+def test_test_splits_have_numbers_and_no_labels(tmp_path):
+    for split in ("train", *TASKS["mnli"].validations):
+        write_rows(tmp_path / "mnli" / f"{split}.jsonl", [example(TASKS["mnli"], 0)])
+    with pytest.raises(ValueError, match="mnli has no test_matched split"):
+        load_glue("mnli", tmp_path, need_test=True)
+    for split in TASKS["mnli"].tests:
+        rows = [{**example(TASKS["mnli"], -1), "idx": number} for number in (7, 3)]
+        write_rows(tmp_path / "mnli" / f"{split}.jsonl", rows)
+    tests = load_glue("mnli", tmp_path, need_test=True).limited(None, None, 1).tests
+    assert tuple(tests) == TASKS["mnli"].tests
+    assert tests["test_matched"].ids == [7] and tests["test_matched"].labels == []
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet", ".csv", ".tsv"])
+def test_splits_in_other_formats_read_the_same(tmp_path, suffix):
+    rows = [{"sentence": "it's \u00e9t\u00e9, no?", "label": 1, "idx": 4}, {"sentence": "b", "label": 0, "idx": 5}]
+    folder = tmp_path / "cola"
+    folder.mkdir()
+    write_rows(folder / "validation.jsonl", rows)
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list(rows)
+    target = str(folder / f"train{suffix}")
+    if suffix == ".json":
+        (folder / "train.json").write_text(json.dumps(rows))
+    elif suffix == ".parquet":
+        table.to_parquet(target)
+    else:
+        table.to_csv(target, sep="\t" if suffix == ".tsv" else ",")
+    data = load_glue("cola", tmp_path)
+    assert (data.train.texts, data.train.labels, data.train.ids) == (
+        data.validations["validation"].texts,
+        data.validations["validation"].labels,
+        [4, 5],
+    )
+    write_rows(folder / "train.jsonl", rows)
+    with pytest.raises(ValueError, match="train split twice"):
+        load_glue("cola", tmp_path)
+
+
+def test_a_cut_parquet_file_and_a_list_of_others_are_named(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(ValueError, match=r"'.*a[.]parquet' is no whole Parquet file"):
+        read_rows(tmp_path / "a.parquet")
+    (tmp_path / "a.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="entry 1: wanted a JSON object; got 1"):
+        read_rows(tmp_path / "a.json")

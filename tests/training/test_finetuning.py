@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ import fastbert_hf  # noqa: F401  registers the model with the Auto classes
 from fastbert_hf.data.glue import TASKS
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.training.arguments import load_yaml
-from fastbert_hf.training.finetuning import DataTrainingArguments, ModelArguments, finetune
+from fastbert_hf.training.classifier import ModelArguments
+from fastbert_hf.training.finetuning import DataTrainingArguments, finetune
 from fastbert_hf.training.pretraining import model_config
 
 
@@ -74,8 +76,10 @@ def run(pretrained, output_dir, data, **changes):
         "use_cpu": True,
         **changes,
     }
-    data = {"max_seq_length": 24, **{name: str(value) if value is not None else None for name, value in data.items()}}
-    data["max_seq_length"] = int(data["max_seq_length"])
+    data = {
+        "max_seq_length": 24,
+        **{name: str(value) if isinstance(value, Path) else value for name, value in data.items()},
+    }
     return finetune(ModelArguments(**model), DataTrainingArguments(**data), TrainingArguments(**training))
 
 
@@ -120,7 +124,7 @@ def test_own_files_with_named_labels(pretrained, glue_dir, tmp_path):
     write_split(tmp_path / "train.jsonl", rows)
     files = {"train_file": tmp_path / "train.jsonl", "validation_file": tmp_path / "train.jsonl"}
     model, summary = run(pretrained, tmp_path / "out", files, max_steps=1)
-    assert summary["task"] == "own" and summary["majority_accuracy"] == 0.5
+    assert summary["task"] == "own" and summary["majority_accuracy"] == 0.5 and summary["model"] == str(pretrained)
     assert model.config.label2id == {"minerals": 0, "plants": 1}
 
 
@@ -150,7 +154,11 @@ def test_a_finished_run_is_picked_up_not_repeated(pretrained, glue_dir, tmp_path
         ({}, {"learning_rate": -1e-3}, r"learning_rate must be a finite number.*got -0\.001"),
         ({}, {"model_name_or_path": None}, "--model_name_or_path is missing"),
         ({}, {"do_train": False, "do_eval": False}, "nothing to do"),
-        ({}, {"do_predict": True}, "--do_predict is not available"),
+        ({}, {"do_predict": True}, "sst2 has no test split"),
+        ({"class_weights": "balanced", "task_name": "stsb"}, {}, "class_weights: stsb has no classes"),
+        ({}, {"lora_rank": -1}, "--lora_rank must be 0 or above; got -1"),
+        ({}, {"lora_trees": True}, "--lora_trees needs --lora_rank"),
+        ({}, {"lora_trees": True, "lora_rank": 2, "freeze_trees": True}, "choose one"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_written(pretrained, glue_dir, tmp_path, data, changes, message):
@@ -172,7 +180,7 @@ def test_folders_without_model_or_tokenizer_are_named(pretrained, glue_dir, tiny
     with pytest.raises(ValueError, match="no tokenizer in"):
         run(tmp_path / "bare", tmp_path / "out", data)
     write_split(tmp_path / "one.jsonl", [{"sentence": "a", "label": 0}])
-    with pytest.raises(ValueError, match="wanted together"):
+    with pytest.raises(ValueError, match="--validation_file is missing"):
         run(pretrained, tmp_path / "out", {"train_file": tmp_path / "one.jsonl"})
     assert not (tmp_path / "out").exists()
 

@@ -1,0 +1,72 @@
+"""Pictures of a training run, as PNG; matplotlib is imported when one is drawn."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+
+def _new_figure(width: float, height: float):
+    """An empty figure with one pair of axes, or None where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("no picture was drawn: matplotlib is not installed")
+        return None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def plot_confusion(path: Path, labels: Sequence[str], references: np.ndarray, predictions: np.ndarray) -> None:
+    """Draw how often each class was taken for each other.
+
+    Args:
+        path: the PNG.
+        labels: class names by id.
+        references: (S,) true class ids.
+        predictions: (S,) predicted class ids.
+    """
+    drawing = _new_figure(1.5 + len(labels), 1.2 + len(labels))
+    if drawing is None:
+        return
+    counts = np.zeros((len(labels), len(labels)), dtype=int)  # (true, predicted)
+    np.add.at(counts, (references, predictions), 1)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure, axes = drawing
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.ndindex(counts.shape):
+        text = f"{counts[row, column]}\n{shares[row, column]:.0%}"
+        color = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
+    axes.set(xticks=range(len(labels)), yticks=range(len(labels)), xlabel="predicted", ylabel="true")
+    axes.set_xticklabels(labels, rotation=30, ha="right")
+    axes.set_yticklabels(labels)
+    figure.savefig(path, dpi=120)
+
+
+def plot_learning_curve(path: Path, history: Sequence[dict[str, Any]]) -> None:
+    """Draw the losses of training and evaluation against steps; nothing if none was logged.
+
+    Args:
+        path: the PNG.
+        history: the Trainer's `state.log_history`.
+    """
+    lines = {
+        name: [(entry["step"], entry[key]) for entry in history if key in entry]
+        for name, key in (("training", "loss"), ("evaluation", "eval_loss"))
+    }
+    drawing = _new_figure(5, 3.5) if any(lines.values()) else None
+    if drawing is None:
+        return
+    figure, axes = drawing
+    for name, points in lines.items():
+        if points:
+            axes.plot(*zip(*points), label=name, marker="o" if len(points) < 30 else None, markersize=3)
+    axes.set(xlabel="steps", ylabel="loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

@@ -126,7 +126,8 @@ def format_headline(rows: list[Row], memory: list[MemoryRow]) -> str:
     ]
     lines += _scaling(rows, counts)
     lines += [
-        f"| memory above inputs and output, N = {row.tokens}: {row.form} | | {row.megabytes:.3g} MB |" for row in memory
+        f"| memory above inputs and output, N = {row.tokens}: {row.form} | | {row.megabytes:.3g} MB |"
+        for row in memory
     ]
     return "\n".join(lines)
 

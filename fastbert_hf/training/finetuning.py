@@ -165,9 +165,8 @@ def finetune(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Fine-tune and evaluate a classifier on one task, with the seed of `args`.
 
-    Metrics are those of the last epoch, unless `args` asks for the best checkpoint. The output folder receives the
-    model, the tokenizer, its card, pictures of the learning curve and of confused classes, predictions of the test
-    split if wanted, and at last `summary.json`.
+    Metrics are those of the last epoch, unless `args` asks for the best checkpoint. The output folder receives model,
+    tokenizer, card, pictures of learning curve and confused classes, predictions if wanted, and `summary.json`.
 
     Args:
         model_options: one model, and which of its weights are trained.
@@ -182,17 +181,12 @@ def finetune(
     Raises:
         ValueError: for anything wrong in the options or the data, before training starts.
     """
-    check_options(args, data.max_seq_length)
-    model_options.check()
-    data.check(args)
-    if len(model_options.model_name_or_path) > 1 or len(data.task_name) > 1:
-        raise ValueError("one model and one task are wanted here; several are run by finetune_all")
+    _check_one(model_options, data, args)
     check_push(args)
     args = _with_early_stopping(args, data.early_stopping_patience)
     checkpoint = find_checkpoint(args, data.overwrite_output_dir)
     task_data = task_data or load_task(data, next(iter(data.task_name), None), args)
-    task = task_data.task
-    source = model_options.model_name_or_path[0]
+    source, task = model_options.model_name_or_path[0], task_data.task
     tokenizer = load_tokenizer(model_options.tokenizer_name or source, **model_options.hub)
     quiet_host(args)
     set_seed(args.seed)
@@ -221,6 +215,14 @@ def finetune(
         write_card(trainer)
         publish(trainer)
     return trainer.accelerator.unwrap_model(trainer.model), summary
+
+
+def _check_one(model_options: ModelArguments, data: DataTrainingArguments, args: TrainingArguments) -> None:
+    check_options(args, data.max_seq_length)
+    model_options.check()
+    data.check(args)
+    if len(model_options.model_name_or_path) > 1 or len(data.task_name) > 1:
+        raise ValueError("one model and one task are wanted here; several are run by finetune_all")
 
 
 def _with_early_stopping(args: TrainingArguments, patience: int) -> TrainingArguments:

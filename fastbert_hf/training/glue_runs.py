@@ -147,12 +147,14 @@ def finetune_all(
         (task,) = loaded.values()
         return [finetune(options, data, args, task)[1]]
     settings = {run: _settings(options, data, args, checkpoints[run.checkpoint], loaded[run.task]) for run in runs}
-    finished = {run: _finished(run, settings[run]) for run in runs if not data.overwrite_output_dir}
+    for run in runs if not data.overwrite_output_dir else ():
+        _finished(run, settings[run])  # raises before the first run starts
     summaries = []
     for number, run in enumerate(runs, start=1):
-        summary, start = finished.get(run), f"[{number}/{len(runs)}] {run.name}, {run.task or 'own'}, seed {run.seed}"
+        summary = None if data.overwrite_output_dir else _finished(run, settings[run])
         if is_main_process(args):
-            print(f"{start}: {'finished before' if summary else run.folder}", flush=True)
+            state = "finished before" if summary else run.folder
+            print(f"[{number}/{len(runs)}] {run.name}, {run.task or 'own'}, seed {run.seed}: {state}", flush=True)
         summaries.append(summary or _start(run, options, data, args, loaded[run.task], settings[run]))
     if is_main_process(args):
         _report(runs, Path(args.output_dir), args.do_predict)

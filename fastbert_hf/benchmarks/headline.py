@@ -53,6 +53,11 @@ def _model_figures() -> Iterator[Figure]:
         for baseline in ("dense-and-mask", "dense twin 4095"):
             entry = ("FastBERT", "training step")
             yield Figure(f"training step, {batch} x 128", "training step", entry, baseline, None, case)
+    for baseline in ("dense-and-mask", "dense twin 4095"):
+        entry = ("FastBERT", "training step")
+        yield Figure("fine-tuning step, 16 x 128", "fine-tuning step", entry, baseline)
+    for baseline in ("dense twin 4095", "dense, the fastest"):
+        yield Figure("classifier, evaluation, 32 x 128", "classifier, evaluation", called, baseline)
     for kind in ("", " bfloat16"):
         for baseline in ("DistilBERT, torch", "BERT-base, ONNX Runtime float32", "BERT-base, ONNX Runtime int8"):
             half = kind if baseline == "DistilBERT, torch" else ""

@@ -8,7 +8,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastbert_hf import FastBertConfig, FastBertForMaskedLM, FastBertModel, use_backend
+from fastbert_hf import (
+    FastBertConfig,
+    FastBertForMaskedLM,
+    FastBertForSequenceClassification,
+    FastBertModel,
+    use_backend,
+)
 from fastbert_hf.benchmarks import forms
 from fastbert_hf.benchmarks.layer import verdict
 from fastbert_hf.benchmarks.rows import Row, make_rows
@@ -62,16 +68,19 @@ def _twins(model_class: type, layers: int) -> dict[str, nn.Module]:
     }
 
 
-def inference_rows(batch: int, tokens: int, threads: int, rounds: int = 5, layers: int = 16) -> list[Row]:
-    """A forward pass of the bare encoder, batch x tokens, float32; the baseline is the faster dense twin."""
+def inference_rows(
+    batch: int, tokens: int, threads: int, rounds: int = 5, layers: int = 16, classifier: bool = False
+) -> list[Row]:
+    """A forward pass of the bare encoder or of a classifier, float32; the baseline is the faster dense twin."""
     torch.set_num_threads(threads)
-    models = {name: model.eval() for name, model in _twins(FastBertModel, layers).items()}
+    kind = FastBertForSequenceClassification if classifier else FastBertModel
+    models = {name: model.eval() for name, model in _twins(kind, layers).items()}
     ids = torch.randint(1, 32768, (batch, tokens), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         entries = {f"{name} (module call)": (lambda m=model: m(ids)) for name, model in models.items()}
-        value = models["FastBERT"](ids).last_hidden_state
+        value = models["FastBERT"](ids)[0]
         with use_backend("reference"):
-            expected = models["FastBERT"](ids).last_hidden_state
+            expected = models["FastBERT"](ids)[0]
         matches = {"FastBERT (module call)": _near_everywhere(value, expected)}
         timings = interleaved(entries, rounds, least_seconds=0.1)
     baseline = min((n for n in timings if n.startswith("dense")), key=lambda n: timings[n].median)
@@ -79,7 +88,7 @@ def inference_rows(batch: int, tokens: int, threads: int, rounds: int = 5, layer
         timings,
         baseline,
         matches,
-        section="whole encoder, inference",
+        section="classifier, evaluation" if classifier else "whole encoder, inference",
         case=f"{layers} layers, {batch} x {tokens}",
         tokens=batch * tokens,
         threads=threads,
@@ -98,48 +107,73 @@ def _near_everywhere(value: torch.Tensor, expected: torch.Tensor) -> str:
 
 def training_rows(batch: int, tokens: int, threads: int, rounds: int = 3, layers: int = 16) -> list[Row]:
     """A whole training step: MLM loss on a quarter of the positions, backward, AdamW; against dense-and-mask."""
-    torch.set_num_threads(threads)
-    models = _twins(FastBertForMaskedLM, layers)
-    del models["dense twin 4096"]  # five models with their optimizer states are what 24 GB hold
-    torch.manual_seed(0)
-    masked = FastBertForMaskedLM(FastBertConfig(num_hidden_layers=layers))
-    models["dense-and-mask"] = with_feed_forward(masked, DenseAndMask)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 32768, (batch, tokens), generator=generator)
     labels = torch.full_like(ids, -100).flatten()
     labels[torch.randperm(ids.numel(), generator=generator)[: ids.numel() // 4]] = 7
-    labels = labels.view_as(ids)
+    return _step_rows(FastBertForMaskedLM, ids, labels.view_as(ids), threads, rounds, layers, "training step", 0.5)
+
+
+def finetuning_rows(batch: int, tokens: int, threads: int, rounds: int = 3, layers: int = 16) -> list[Row]:
+    """A whole step of fine-tuning a classifier, nothing clipped, AdamW; against dense-and-mask."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 32768, (batch, tokens), generator=generator)
+    labels = torch.randint(0, 2, (batch,), generator=generator)
+    kind = FastBertForSequenceClassification
+    return _step_rows(kind, ids, labels, threads, rounds, layers, "fine-tuning step", None)
+
+
+def _step_rows(
+    model_class: type,
+    ids: torch.Tensor,
+    labels: torch.Tensor,
+    threads: int,
+    rounds: int,
+    layers: int,
+    section: str,
+    max_grad_norm: float | None,
+) -> list[Row]:
+    """Steps of the published geometry and its relatives on one batch, without dropout; ids: (B, T)."""
+    torch.set_num_threads(threads)
+    models = _twins(model_class, layers)
+    del models["dense twin 4096"]  # five models with their optimizer states are what 24 GB hold
+    torch.manual_seed(0)
+    masked = model_class(FastBertConfig(num_hidden_layers=layers))
+    models["dense-and-mask"] = with_feed_forward(masked, DenseAndMask)
     entries, losses = {}, {}
     for name, model in models.items():
-        for module in model.modules():  # as in pretraining: no dropout
+        for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
             elif isinstance(getattr(module, "dropout", None), float):
                 module.dropout = 0.0
         with torch.no_grad():
             losses[name] = model.train()(ids, labels=labels).loss
-        entries[f"{name} (training step)"] = _training_step(model, ids, labels)
+        entries[f"{name} (training step)"] = _training_step(model, ids, labels, max_grad_norm)
     matches = {"FastBERT (training step)": "loss " + verdict(losses["FastBERT"], losses["dense-and-mask"])}
     timings = interleaved(entries, rounds, least_seconds=0.1)
     return make_rows(
         timings,
         "dense-and-mask (training step)",
         matches,
-        section="training step",
-        case=f"{layers} layers, {batch} x {tokens}",
-        tokens=batch * tokens,
+        section=section,
+        case=f"{layers} layers, {ids.shape[0]} x {ids.shape[1]}",
+        tokens=ids.numel(),
         threads=threads,
         dtype="float32",
         inputs="random ids",
     )
 
 
-def _training_step(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+def _training_step(
+    model: nn.Module, ids: torch.Tensor, labels: torch.Tensor, max_grad_norm: float | None
+) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def step() -> None:
         model(ids, labels=labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        if max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -150,6 +150,12 @@ def model_training_section(options: Options, ceilings: dict) -> Iterator[list[Ro
         yield models.training_rows(batch, 128, threads, rounds=1 if options.quick else 3)
 
 
+def finetuning_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
+    threads = max(options.threads)
+    yield models.finetuning_rows(16, 128, threads, rounds=1 if options.quick else 3)
+    yield models.inference_rows(32, 128, threads, rounds=3, classifier=True)
+
+
 def alternatives_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
     for threads in options.threads:
         yield models.alternatives_rows(1, 128, threads)
@@ -166,6 +172,7 @@ SECTIONS: dict[str, Callable[[Options, dict], Iterator[list[Row]]]] = {
     "training": training_section,
     "models": models_section,
     "model-training": model_training_section,
+    "fine-tuning": finetuning_section,
     "alternatives": alternatives_section,
     "memory": lambda options, ceilings: iter(()),  # not times: see `run`
     "routing": lambda options, ceilings: iter(()),  # likewise

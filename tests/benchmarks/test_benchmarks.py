@@ -96,8 +96,11 @@ def test_whole_models_run_beside_their_bounds():
     inference = models.inference_rows(1, 8, 1, rounds=1, layers=1)
     assert {"FastBERT", "dense twin 4095", "no feed-forward"} <= {row.entry for row in inference}
     training = models.training_rows(2, 8, 1, rounds=1, layers=1)
-    assert {row.entry for row in training if row.match} == {"FastBERT"}
-    assert all("MISMATCH" not in row.match for row in inference + training)
+    finetuning = models.finetuning_rows(2, 8, 1, rounds=1, layers=1)
+    assert {row.entry for row in training + finetuning if row.match} == {"FastBERT"}
+    evaluation = models.inference_rows(2, 8, 1, rounds=1, layers=1, classifier=True)
+    rows = [*inference, *training, *finetuning, *evaluation]
+    assert len({row.section for row in rows}) == 4 and all("MISMATCH" not in row.match for row in rows)
 
 
 def test_timing_takes_medians_in_turns():

@@ -1,0 +1,94 @@
+"""The Triton kernels where there is no GPU: run by Triton's interpreter, and compiled for real hardware."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastbert_hf.fff_op import BACKENDS
+from fastbert_hf.kernels.triton.backend import ACTIVATION_NAMES, _blocks
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+
+ROOT = Path(__file__).parents[2]
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may use, by compute capability
+POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the tests run on it, in this process")
+def test_kernels_pass_their_tests_under_the_interpreter():
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/triton_kernels"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "FASTBERT_BACKEND": ""},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    last = result.stdout.strip().splitlines()[-1]
+    assert int(last.split(" passed")[0].split()[-1]) > 70, last
+
+
+def compiled(kernel, signature, constants, capability, warps):
+    """The kernel for a GPU that need not be there; ptxas comes with triton."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+
+
+SIZES = dict.fromkeys(("width", "out_width", "trees", "nodes", "visits_per_row"), "i32")
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("dtype", POINTERS)
+@pytest.mark.parametrize(("width", "out_width"), [(768, 768), (4096, 4096), (33, 1)])
+def test_walks_compile_for_real_hardware(capability, dtype, width, out_width):
+    from fastbert_hf.kernels.triton.walk import walk_backward, walk_forward
+
+    blocks = _blocks(width, out_width)
+    warps = blocks.pop("num_warps")
+    names = {*walk_forward.arg_names, *walk_backward.arg_names}
+    signature = {name: POINTERS[dtype] for name in names if name.endswith("_ptr")} | SIZES
+    signature |= {
+        "visited_ptr": "*i32",
+        "logits_ptr": "*fp32",
+        "grad_logits_ptr": "*fp32",
+        "activations_ptr": "*fp32",
+    }
+    for code in range(len(ACTIVATION_NAMES)):
+        common = {"DEPTH": 11, "ACTIVATION": code, **blocks}
+        forward = compiled(walk_forward, signature, {**common, "HAS_BIAS": True, "SAVE": True}, capability, warps)
+        backward = compiled(walk_backward, signature, {**common, "WANT_X": True}, capability, warps)
+        for kernel in (forward, backward):
+            assert kernel.asm["cubin"] and kernel.metadata.shared < SHARED_MEMORY[capability]
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("dtype", POINTERS)
+def test_segment_sums_compile_for_real_hardware(capability, dtype):
+    from fastbert_hf.kernels.triton.segments import BLOCK, CHUNK, ROWS, sum_chunks, sum_nodes
+
+    names = {*sum_chunks.arg_names, *sum_nodes.arg_names}
+    signature = {name: "*i64" for name in names if name.endswith("_ptr")} | SIZES
+    signature |= {"coefficients_ptr": "*fp32", "partial_ptr": "*fp32"}
+    signature |= {"vectors_ptr": POINTERS[dtype], "result_ptr": POINTERS[dtype]}
+    for kernel, constants in (
+        (sum_chunks, {"CHUNK": CHUNK, "ROWS": ROWS, "BLOCK": BLOCK}),
+        (sum_nodes, {"BLOCK": BLOCK}),
+    ):
+        result = compiled(kernel, signature, constants, capability, 4)
+        assert result.asm["cubin"] and result.metadata.shared < SHARED_MEMORY[capability]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_backend_says_so():
+    assert "no GPU" in BACKENDS["triton"].unavailable()

@@ -159,8 +159,11 @@ def train(trainer: "Trainer", checkpoint: str | None) -> dict[str, Any]:
         before = clock.get("args", {}).get("before", 0.0)
         if 0 < trainer.args.max_steps <= state.global_step:
             # Resumed at its last step, the Trainer would take one step more.
-            weights = type(trainer.model).from_pretrained(checkpoint).state_dict()
-            trainer.model.load_state_dict(weights)
+            if hasattr(trainer.model, "load_adapter"):  # a checkpoint of LoRA holds adapters only
+                trainer._load_from_checkpoint(checkpoint)
+            else:
+                weights = type(trainer.model).from_pretrained(checkpoint).state_dict()
+                trainer.model.load_state_dict(weights)
             return {**result, "steps": state.global_step, "train_seconds": round(before, 1)}
     clock = TrainingClock(before)
     trainer.add_callback(clock)

@@ -207,6 +207,17 @@ def test_lora_trains_adapters_and_saves_a_whole_model(pretrained, glue_dir, tmp_
     assert again["accuracy"] == summary["accuracy"]
 
 
+def test_lora_goes_on_from_its_checkpoints(pretrained, glue_dir, tmp_path):
+    pytest.importorskip("peft")
+    changes = {"lora_rank": 4, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    (whole,) = run_all([pretrained], glue_dir, tmp_path / "out", **changes)
+    for last in (6, 3):
+        (again,) = run_all([pretrained], glue_dir, tmp_path / "out", **changes)
+        assert again["resumed_from"] == str(tmp_path / "out" / f"checkpoint-{last}")
+        assert again["accuracy"] == whole["accuracy"] and again["steps"] == 6
+        shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+
+
 def test_trees_and_attention_must_be_there_to_be_named(pretrained, glue_dir, tmp_path):
     from transformers import BertConfig, BertForMaskedLM
 

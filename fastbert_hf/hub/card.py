@@ -112,7 +112,7 @@ def results_table(summary: Mapping[str, Any]) -> str:
         metric, split = _metric(key)
         if metric is not None and "task" in summary:
             baseline = summary.get(f"majority_{key}")
-            score = "" if baseline is None else f"{baseline:.4f} (most frequent answer)"
+            score = "" if baseline is None else f"{baseline:.4f} (constant answer)"
             rows.append(f"| {summary['task']}, {split} | {METRICS[metric]} | {summary[key]:.4f} | {score} |")
     if "validation_loss" in summary:
         baseline = summary.get("unigram_loss")

@@ -37,7 +37,7 @@ PUBLISHED_ROWS = {
     "qqp": (363846, {"": 40430}),
     "mnli": (392702, {"_validation_matched": 9815, "_validation_mismatched": 9832}),
 }
-BASELINE = "most frequent label"
+BASELINE = "constant answer"
 OTHER_DATA, AT_CHANCE = "*", "°"
 
 
@@ -50,7 +50,7 @@ class Cell:
         values: the metric of each run, by seed.
         mean, median: of the values.
         spread: their sample standard deviation; None for a single run.
-        majority: the metric of always giving the most frequent training label (for regression the mean).
+        majority: the metric of an answer that does not depend on the text, see `majority_baseline`.
         published_data: whether training and validation split have as many rows as the published ones.
     """
 

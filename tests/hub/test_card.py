@@ -62,7 +62,7 @@ def test_a_dense_model_does_not_claim_trees(tmp_path):
 def test_glue_results_stand_in_the_text_and_in_the_model_index(tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps(GLUE))
     text = card(tmp_path, name="FastBertForSequenceClassification")
-    assert "| mrpc, validation | f1 | 0.8765 | 0.8100 (most frequent answer) |" in text
+    assert "| mrpc, validation | f1 | 0.8765 | 0.8100 (constant answer) |" in text
     results = {result.metric_type: result for result in ModelCard(text).data.eval_results}
     assert results["f1"].metric_value == 0.8765 and results["accuracy"].metric_value == 0.8039
     assert results["f1"].dataset_type == "nyu-mll/glue" and results["f1"].dataset_config == "mrpc"

@@ -47,7 +47,7 @@ def test_means_spreads_and_averages_in_the_papers_order(tmp_path):
     assert rows["a"]["average"] == "79.0"  # (6 * 80.5 + 70) / 7
     assert rows["a"]["average with CoLA"] == "72.9"  # (6 * 80.5 + 70 + 30) / 8
     assert rows["a"]["WNLI"] == "56.0°" and "at chance" in text
-    assert rows["most frequent label"]["average"] == "47.9"  # (6 * 50 + 35) / 7
+    assert rows["constant answer"]["average"] == "47.9"  # (6 * 50 + 35) / 7
     assert "not comparable" not in text
     assert text in (tmp_path / "glue.md").read_text()
     (cell,) = [cell for cell in json.loads((tmp_path / "glue.json").read_text()) if cell["column"] == "RTE"]

@@ -69,6 +69,9 @@ def test_majority_baseline_answers_the_most_frequent_training_label():
     assert majority_baseline(["accuracy"], [2, 2, 1], [1, 2, 2, 2], False) == {"accuracy": 0.75}
     assert majority_baseline(["accuracy"], [0, 1, 1, 0, 2], [1, 1, 0, 2], False) == {"accuracy": 0.5}  # a tie
     assert majority_baseline(["pearson"], [1.0, 2.0], [1.0, 3.0], True) == {"pearson": 0.0}
+    # class 0 is the more frequent one; always answering 1 has precision 1/3 and recall 1
+    both = majority_baseline(["f1", "accuracy"], [0, 0, 1], [0, 1, 0], False)
+    assert both == {"f1": pytest.approx(0.5), "accuracy": pytest.approx(2 / 3)}
 
 
 def test_unigram_loss_by_hand():

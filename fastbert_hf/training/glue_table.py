@@ -156,6 +156,7 @@ def _notes(cells: Sequence[Cell]) -> list[str]:
         "Accuracy; F1 for MRPC and QQP, Pearson's correlation for STS-B, Matthews' for CoLA, all times 100, on the "
         f"validation splits. Mean ± sample standard deviation over seeds, runs a cell: {counts}."
     ]
+    notes.append("Constant answer: the most frequent training label; for F1 class 1, for correlations one value.")
     if not all(cell.published_data for cell in cells):
         notes.append(f"{OTHER_DATA} not the published number of examples: not comparable with published results.")
     if any(cell.at_chance for cell in cells):

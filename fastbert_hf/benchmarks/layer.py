@@ -152,10 +152,8 @@ def forward_entries(problem: LayerProblem, threads: int, tokens: int, levels) ->
 
     if layer.trees == 1:
         add("FFF BMM (function call)", lambda x: forms.fff_bmm(x, *weights, layer.depth))
-    call = (x_all, layer.weight_in, layer.weight_out, layer.trees, layer.depth, layer.activation)
-    for name, backend in BACKENDS.items():
-        if backend.unavailable() is None and backend.supports(*call) is None:
-            add(f"{name} (module call)", layer)
+    for name in backends_for(layer, x_all):
+        add(f"{name} (module call)", layer)
     if "native (module call)" in entries:
         y = torch.empty(tokens, layer.out_features, dtype=x_all.dtype)
         entries["native (C call)"] = native_c_call(layer, x_all, y, threads, tokens)
@@ -170,6 +168,12 @@ def forward_entries(problem: LayerProblem, threads: int, tokens: int, levels) ->
     if layer.trees == 1 and tokens <= LEVEL_FORM_TOKENS:
         add("dense BMM (function call)", lambda x: forms.dense_bmm(x, *weights))
     return entries
+
+
+def backends_for(layer: FastFeedForward, x: Tensor) -> list[str]:
+    """Names of the backends that compute this layer on inputs like x (N, H) here."""
+    call = (x, layer.weight_in, layer.weight_out, layer.trees, layer.depth, layer.activation)
+    return [name for name, b in BACKENDS.items() if b.unavailable() is None and b.supports(*call) is None]
 
 
 def backends_around(entries: dict[str, Callable]) -> dict[str, Callable]:
@@ -265,9 +269,8 @@ def training_rows(tokens: int, threads: int, rounds: int = 7, depth: int = 11, t
         "dense-and-mask (function call)": lambda: step(lambda *t: forms.dense_and_mask(*t, trees=trees, depth=depth)),
         "dense (function call)": lambda: step(forms.dense),
     }
-    for name, backend in BACKENDS.items():
-        if backend.unavailable() is None:
-            entries[f"{name} (op with autograd)"] = lambda: step(lambda *t: fff(*t, trees, depth, layer.activation))
+    for name in backends_for(layer, problem.x):
+        entries[f"{name} (op with autograd)"] = lambda: step(lambda *t: fff(*t, trees, depth, layer.activation))
     around = backends_around(entries)
     results = {}
     for name, call in entries.items():

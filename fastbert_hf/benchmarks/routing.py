@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 
+from fastbert_hf.benchmarks.layer import backends_for
 from fastbert_hf.fff_layer import FastFeedForward
-from fastbert_hf.fff_op import BACKENDS, use_backend
+from fastbert_hf.fff_op import use_backend
 
 MASKED_EVERY = 7  # one position in so many is masked, so that predictions are asked of the model
 
@@ -78,9 +79,8 @@ def routing_changes(folder: str, text: str, num_tokens: int = 4096) -> list[Rout
     with use_backend("reference"):
         leaves, predictions = paths_and_predictions(model, ids)
     changes = []
-    for name, backend in BACKENDS.items():
-        if backend.unavailable() is not None:
-            continue
+    layer = next(module for module in model.modules() if isinstance(module, FastFeedForward))
+    for name in backends_for(layer, torch.zeros(1, layer.in_features)):
         for variant, which, context in (
             ("float32", model, nullcontext()),
             ("bfloat16", half, nullcontext()),

@@ -37,6 +37,9 @@ def main() -> None:
     sections = arguments.sections or (QUICK_SECTIONS if arguments.quick else list(SECTIONS))
     if not arguments.trained_model:
         sections = [name for name in sections if name != "routing"]
+    if "gpu" in sections and not torch.cuda.is_available():
+        print("no GPU that torch can use: the section gpu is left out")
+        sections = [name for name in sections if name != "gpu"]
     if arguments.fresh:
         shutil.rmtree(arguments.output_dir, ignore_errors=True)
     options = Options(threads, sections, arguments.quick, arguments.trained_model, arguments.text)

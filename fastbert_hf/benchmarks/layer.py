@@ -14,7 +14,7 @@ from fastbert_hf.benchmarks import forms
 from fastbert_hf.benchmarks.levels import NAMES as LEVEL_NAMES
 from fastbert_hf.benchmarks.levels import compile_levels, level_form
 from fastbert_hf.benchmarks.rows import Row, make_rows
-from fastbert_hf.benchmarks.timing import interleaved
+from fastbert_hf.benchmarks.timing import Stopwatch, interleaved, wall_seconds
 from fastbert_hf.fff_layer import FastFeedForward
 from fastbert_hf.fff_op import BACKENDS, fff, use_backend
 
@@ -48,7 +48,9 @@ class LayerProblem:
     def bound_seconds(self, ceilings: dict[str, float]) -> float:
         """What the walk needs at least: every used byte once, every multiplication and addition."""
         rows, width = self.x.shape
-        first_row = torch.arange(self.layer.trees).view(1, -1, 1) * (2 ** (self.layer.depth + 1) - 1)
+        first_row = torch.arange(self.layer.trees, device=self.visited.device).view(1, -1, 1) * (
+            2 ** (self.layer.depth + 1) - 1
+        )
         used_rows = (self.visited + first_row).unique().numel()
         num_bytes = (2 * rows * width + 2 * used_rows * width) * self.x.element_size()
         flops = 4 * rows * width * self.layer.neurons_per_token
@@ -212,12 +214,15 @@ def forward_rows(
     rounds: int = 7,
     compile_dense: bool = True,
     problem: LayerProblem | None = None,
+    stopwatch: Stopwatch = wall_seconds,
 ) -> list[Row]:
     """Time one forward pass of every form; the baseline is the fastest dense one.
 
     Args:
         tokens: N; with N = 1 every call gets a fresh token out of 4096.
         threads: threads of torch and the kernels.
+        problem: another layer and its inputs than this function makes, on any device.
+        stopwatch: as for `interleaved`.
     """
     torch.set_num_threads(threads)
     problem = problem or LayerProblem(
@@ -231,7 +236,7 @@ def forward_rows(
         }
         around = backends_around(entries)
         matches = checked(problem, entries, tokens, around)
-        timings = interleaved(entries, rounds, around=around)
+        timings = interleaved(entries, rounds, around=around, stopwatch=stopwatch)
     baseline = min((n for n in timings if n.startswith("dense ") and n[6].isdigit()), key=lambda n: timings[n].median)
     one = LayerProblem(problem.layer, problem.x[:1]) if tokens == 1 else problem
     trees_bound, dense_bound = one.bound_seconds(ceilings), one.dense_bound_seconds(ceilings)
@@ -252,11 +257,20 @@ def forward_rows(
     )
 
 
-def training_rows(tokens: int, threads: int, rounds: int = 7, depth: int = 11, trees: int = 1) -> list[Row]:
+def training_rows(
+    tokens: int,
+    threads: int,
+    rounds: int = 7,
+    depth: int = 11,
+    trees: int = 1,
+    problem: LayerProblem | None = None,
+    section: str = "forward and backward",
+    stopwatch: Stopwatch = wall_seconds,
+) -> list[Row]:
     """Forward and backward, gradients of input and parameters, against dense-and-mask and against plain dense."""
     torch.set_num_threads(threads)
-    problem = LayerProblem(make_layer(depth, trees), make_inputs(tokens))
-    layer = problem.layer
+    problem = problem or LayerProblem(make_layer(depth, trees), make_inputs(tokens))
+    layer, trees, depth = problem.layer, problem.layer.trees, problem.layer.depth
     leaves = [problem.x.clone().requires_grad_(), *(p.clone().requires_grad_() for p in problem.parameters)]
     grad_y = torch.randn_like(problem.y, memory_format=torch.contiguous_format)
     grad_y[~problem.clear] = 0  # rows near a tie may take either path
@@ -281,16 +295,16 @@ def training_rows(tokens: int, threads: int, rounds: int = 7, depth: int = 11, t
         name: "" if name == "dense (function call)" else gradients_match(values, expected)
         for name, values in results.items()
     }
-    timings = interleaved(entries, rounds, around=around)
+    timings = interleaved(entries, rounds, around=around, stopwatch=stopwatch)
     return make_rows(
         timings,
         "dense-and-mask (function call)",
         matches,
-        section="forward and backward",
+        section=section,
         case=f"{trees}x{depth}",
         tokens=tokens,
         threads=threads,
-        dtype="float32",
+        dtype=str(problem.x.dtype).removeprefix("torch."),
         inputs="balanced",
     )
 

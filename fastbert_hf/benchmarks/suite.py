@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForMaskedLM
 
-from fastbert_hf.benchmarks import layer, models
+from fastbert_hf.benchmarks import gpu, layer, models
 from fastbert_hf.benchmarks.headline import format_headline
 from fastbert_hf.benchmarks.memory import MemoryRow, format_memory, memory_rows
 from fastbert_hf.benchmarks.plots import plot_speedup_against_depth, plot_time_per_token
@@ -174,6 +174,7 @@ SECTIONS: dict[str, Callable[[Options, dict], Iterator[list[Row]]]] = {
     "model-training": model_training_section,
     "fine-tuning": finetuning_section,
     "alternatives": alternatives_section,
+    "gpu": lambda options, ceilings: gpu.gpu_rows() if torch.cuda.is_available() else iter(()),
     "memory": lambda options, ceilings: iter(()),  # not times: see `run`
     "routing": lambda options, ceilings: iter(()),  # likewise
 }
@@ -227,7 +228,7 @@ def run(options: Options, machine: dict, folder: Path, report: Callable[[str], N
             continue
         report(f"\n## {name}\n")
         if name == "memory":
-            measured.memory = memory_rows()
+            measured.memory = memory_rows() + (gpu.memory_rows() if torch.cuda.is_available() else [])
             report(format_memory(measured.memory))
         elif name == "routing":
             measured.routing = routing_changes(options.trained_model, options.text)

@@ -62,14 +62,22 @@ class BusyMeter:
         return max(0.0, others - ticks_resolution) / max(available, ticks_resolution)
 
 
-def _calls_for(call: Callable[[], object], least_seconds: float) -> int:
+def wall_seconds(call: Callable[[], object], times: int) -> float:
+    """Seconds that so many calls take, by the wall clock."""
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    return time.perf_counter() - start
+
+
+Stopwatch = Callable[[Callable[[], object], int], float]
+
+
+def _calls_for(call: Callable[[], object], least_seconds: float, stopwatch: Stopwatch) -> int:
     """How many calls fill `least_seconds`; also the warm-up."""
     calls = 1
     while True:
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        elapsed = time.perf_counter() - start
+        elapsed = stopwatch(call, calls)
         if elapsed >= least_seconds / 2 or calls >= 1 << 20:
             return max(1, min(1 << 20, round(calls * least_seconds / max(elapsed, 1e-9))))
         calls *= 2
@@ -80,6 +88,7 @@ def interleaved(
     rounds: int = 7,
     least_seconds: float = 0.02,
     around: dict[str, Callable[[], AbstractContextManager]] | None = None,
+    stopwatch: Stopwatch = wall_seconds,
 ) -> dict[str, Timing]:
     """Time every entry `rounds` times, in turns.
 
@@ -87,13 +96,14 @@ def interleaved(
         entries: calls without arguments, by name.
         rounds: samples an entry gets. least_seconds: length of one sample; short calls are repeated to fill it.
         around: context managers entered, untimed, around the samples of the entries they are named for.
+        stopwatch: (call, times) -> seconds; another than the wall clock for calls that return before they are done.
     Returns: a `Timing` an entry, in seconds per call.
     """
     around = {name: (around or {}).get(name, nullcontext) for name in entries}
     calls = {}
     for name, call in entries.items():
         with around[name]():
-            calls[name] = _calls_for(call, least_seconds)
+            calls[name] = _calls_for(call, least_seconds, stopwatch)
     timings = {name: Timing() for name in entries}
     meter = BusyMeter()
     for _ in range(rounds):
@@ -102,10 +112,7 @@ def interleaved(
             with around[name]():
                 if calls[name] > 1:
                     call()  # untimed: the entry before left other data in the caches
-                start = time.perf_counter()
-                for _ in range(calls[name]):
-                    call()
-                timings[name].seconds.append((time.perf_counter() - start) / calls[name])
+                timings[name].seconds.append(stopwatch(call, calls[name]) / calls[name])
         share = meter.stop()
         for timing in timings.values():
             timing.busy_shares.append(share)

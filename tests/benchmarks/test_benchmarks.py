@@ -9,7 +9,7 @@ import torch
 from transformers import BertTokenizer
 
 from fastbert_hf import FastBertConfig, FastBertForMaskedLM, FastFeedForward
-from fastbert_hf.benchmarks import forms, layer, models
+from fastbert_hf.benchmarks import forms, gpu, layer, models
 from fastbert_hf.benchmarks.levels import NAMES, compile_levels, level_form
 from fastbert_hf.benchmarks.memory import MemoryRow, memory_rows
 from fastbert_hf.benchmarks.routing import RoutingChange, routing_changes, text_batch
@@ -101,6 +101,27 @@ def test_whole_models_run_beside_their_bounds():
     evaluation = models.inference_rows(2, 8, 1, rounds=1, layers=1, classifier=True)
     rows = [*inference, *training, *finetuning, *evaluation]
     assert len({row.section for row in rows}) == 4 and all("MISMATCH" not in row.match for row in rows)
+
+
+def test_gpu_rows_are_those_of_the_layer_on_another_device():
+    """On the CPU, small: all but CUDA graphs and peak memory, which need a GPU."""
+    groups = list(gpu.gpu_rows("cpu", sizes=(1, 40)))
+    rows = [row for group in groups for row in group]
+    assert {row.section for row in rows} == {"gpu forward", "gpu forward and backward"}
+    assert {row.dtype for row in rows} == {"bfloat16", "float32"}
+    assert all("MISMATCH" not in row.match for row in rows)
+    assert {"reference", "dense 15 eager"} <= {row.entry for row in groups[0]}
+
+
+def test_another_stopwatch_is_asked_for_every_sample():
+    asked = []
+
+    def stopwatch(call, times):
+        asked.append(times)
+        return 0.5 * times
+
+    assert interleaved({"a": lambda: None}, rounds=3, stopwatch=stopwatch)["a"].median == 0.5
+    assert asked == [1, 1, 1, 1]
 
 
 def test_timing_takes_medians_in_turns():

@@ -1,0 +1,153 @@
+"""The same layer on a GPU: timed by events, against cuBLAS, with the card's own ceilings, and peak memory."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from fastbert_hf.benchmarks import forms, layer
+from fastbert_hf.benchmarks.memory import MemoryRow
+from fastbert_hf.benchmarks.rows import Row, make_rows
+from fastbert_hf.benchmarks.timing import Stopwatch, interleaved, wall_seconds
+from fastbert_hf.fff_op import fff, use_backend
+
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def event_seconds(call: Callable[[], object], times: int) -> float:
+    """Seconds that so many calls take on the GPU, between two events of its stream."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(times):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def stopwatch_for(device: str) -> Stopwatch:
+    """Events on a GPU, the wall clock elsewhere."""
+    return event_seconds if device == "cuda" else wall_seconds
+
+
+def gpu_ceilings(device: str = "cuda", size: int = 8192) -> dict[str, float]:
+    """Bandwidth (bytes/s, copying) and float32 arithmetic without TF32 (FLOP/s), and that of bfloat16, measured."""
+    big = torch.ones(size * size, device=device)
+    target = torch.empty_like(big)
+    exact = torch.randn(size, size, device=device)
+    half = exact.bfloat16()
+    calls = {"copy": lambda: target.copy_(big), "float32": lambda: exact @ exact, "bfloat16": lambda: half @ half}
+    times = interleaved(calls, 5, stopwatch=stopwatch_for(device))
+    return {
+        "bytes_per_second": 2 * big.numel() * big.element_size() / times["copy"].median,
+        "flops_per_second": 2 * size**3 / times["float32"].median,
+        "bfloat16_flops_per_second": 2 * size**3 / times["bfloat16"].median,
+    }
+
+
+def make_problem(tokens: int, dtype: torch.dtype, device: str, depth: int = 11) -> layer.LayerProblem:
+    """The layer at the start of training and balanced inputs, on the device."""
+    return layer.LayerProblem(
+        layer.make_layer(depth, 1, dtype).to(device), layer.make_inputs(tokens).to(device, dtype)
+    )
+
+
+def forward_rows(tokens: int, dtype: torch.dtype, ceilings: dict, device: str = "cuda", depth: int = 11) -> list[Row]:
+    """One forward pass of every form; the baseline is the fastest dense layer, compiled or not."""
+    return layer.forward_rows(
+        tokens,
+        torch.get_num_threads(),
+        ceilings,
+        section="gpu forward",
+        compile_dense=device == "cuda",
+        problem=make_problem(4096 if tokens == 1 else tokens, dtype, device, depth),
+        stopwatch=stopwatch_for(device),
+    )
+
+
+def training_rows(tokens: int, dtype: torch.dtype, device: str = "cuda", depth: int = 11) -> list[Row]:
+    """Forward and backward with all gradients, against dense-and-mask and plain dense."""
+    return layer.training_rows(
+        tokens,
+        torch.get_num_threads(),
+        problem=make_problem(tokens, dtype, device, depth),
+        section="gpu forward and backward",
+        stopwatch=stopwatch_for(device),
+    )
+
+
+def graph_rows(tokens: int, dtype: torch.dtype) -> list[Row]:
+    """A forward pass replayed as a CUDA graph, so that launching costs nobody anything; GPU only."""
+    problem = make_problem(tokens, dtype, "cuda")
+    weights = problem.parameters
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "dense 4095 eager": lambda x: forms.dense(x, *weights),
+        "dense 4095 compiled": layer.compiled(lambda x: forms.dense(x, *weights)),
+    }
+    functions |= {name: problem.layer for name in layer.backends_for(problem.layer, problem.x) if name == "triton"}
+    entries, matches = {}, {}
+    with torch.inference_mode():
+        for name, function in functions.items():
+            for _ in range(3):
+                function(problem.x)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = function(problem.x)
+            graph.replay()
+            entry = f"{name} (CUDA graph)"
+            entries[entry] = graph.replay
+            matches[entry] = problem.match(y) if name == "triton" else ""
+        timings = interleaved(entries, stopwatch=event_seconds)
+    return make_rows(
+        timings,
+        min((name for name in timings if name.startswith("dense")), key=lambda name: timings[name].median),
+        matches,
+        section="gpu forward, graphs",
+        case="1x11",
+        tokens=tokens,
+        threads=torch.get_num_threads(),
+        dtype=str(dtype).removeprefix("torch."),
+        inputs="balanced",
+    )
+
+
+def memory_rows(tokens: int = 16384) -> list[MemoryRow]:
+    """Peak memory of forward and backward above inputs, parameters and their gradients; GPU only."""
+    problem = make_problem(tokens, torch.bfloat16, "cuda")
+    tree, activation = (problem.layer.trees, problem.layer.depth), problem.layer.activation
+    calls: dict[str, Callable[..., Tensor]] = {"dense": forms.dense}
+    calls["dense-and-mask"] = lambda *t: forms.dense_and_mask(*t, *tree)
+    for name in layer.backends_for(problem.layer, problem.x):
+        calls[name] = lambda *t, name=name: _with_backend(name, lambda: fff(*t, *tree, activation))
+    rows = []
+    for name, call in calls.items():
+        leaves = [t.clone().requires_grad_() for t in (problem.x, *problem.parameters)]
+        results = sum(t.numel() * t.element_size() for t in leaves)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call(*leaves).sum().backward()
+        peak = torch.cuda.max_memory_allocated() - before - results
+        rows.append(MemoryRow(f"{name}, forward and backward on the GPU", tokens, peak / 2**20))
+    return rows
+
+
+def _with_backend(name: str, call: Callable[[], Tensor]) -> Tensor:
+    with use_backend(name):
+        return call()
+
+
+def gpu_rows(device: str = "cuda", sizes: tuple[int, ...] = (1, 128, 1024, 16384)) -> Iterator[list[Row]]:
+    """Every group of rows; on another device than a GPU those that need none."""
+    depth = 11 if device == "cuda" else 3
+    measured = gpu_ceilings(device, 8192 if device == "cuda" else 64)
+    for dtype in DTYPES:
+        flops = "bfloat16_flops_per_second" if dtype == torch.bfloat16 else "flops_per_second"
+        ceilings = {**measured, "flops_per_second": measured[flops]}
+        for tokens in sizes:
+            yield forward_rows(tokens, dtype, ceilings, device, depth)
+        yield training_rows(max(sizes), dtype, device, depth)
+    if device == "cuda":
+        for tokens in (1, 128):
+            yield graph_rows(tokens, torch.bfloat16)

@@ -146,6 +146,8 @@ def finetune_all(
     if len(runs) == 1 and runs[0].folder == Path(args.output_dir):
         (task,) = loaded.values()
         return [finetune(options, data, args, task)[1]]
+    if args.push_to_hub and not args.hub_model_id:
+        raise ValueError("--push_to_hub of several runs needs --hub_model_id; run names are appended to it")
     settings = {run: _settings(options, data, args, checkpoints[run.checkpoint], loaded[run.task]) for run in runs}
     for run in runs if not data.overwrite_output_dir else ():
         _finished(run, settings[run])  # raises before the first run starts

@@ -126,6 +126,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(pretrained, glue_dir, tm
         ({"model_names": ["a/b"]}, "'a/b' cannot"),
         ({"max_seq_length": 64}, "max_position_embeddings 32"),
         ({"early_stopping_patience": -1}, "early_stopping_patience must be 0 or above"),
+        ({"push_to_hub": True}, "several runs needs --hub_model_id"),
     ],
 )
 def test_mistakes_are_named_before_the_first_run(pretrained, glue_dir, tmp_path, changes, message):

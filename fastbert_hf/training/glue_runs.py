@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def model_names(options: ModelArguments) -> list[str]:
         ValueError: if there are too few or too many names, two are equal, or one is no name of a folder.
     """
     checkpoints = options.model_name_or_path
-    names = options.model_names or [Path(checkpoint).name for checkpoint in checkpoints]
+    names = options.model_names or [Path(os.path.abspath(checkpoint)).name for checkpoint in checkpoints]
     if len(names) != len(checkpoints):
         raise ValueError(f"--model_names wants one for each of {len(checkpoints)} models; got {', '.join(names)}")
     if len(set(names)) < len(names):

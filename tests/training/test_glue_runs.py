@@ -12,7 +12,7 @@ from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.training import finetuning
 from fastbert_hf.training.classifier import ModelArguments
 from fastbert_hf.training.finetuning import DataTrainingArguments
-from fastbert_hf.training.glue_runs import finetune_all, task_names
+from fastbert_hf.training.glue_runs import finetune_all, model_names, task_names
 from tests.training.conftest import write_split
 
 
@@ -47,6 +47,12 @@ def counted(monkeypatch):
 
     monkeypatch.setattr(finetuning, "train", train)
     return started
+
+
+def test_models_are_called_after_their_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ModelArguments(model_name_or_path=[".", "org/some-model", "a/b/"])
+    assert model_names(options) == [tmp_path.name, "some-model", "b"]
 
 
 def test_task_names_are_expanded():

@@ -30,6 +30,7 @@ def mask_tokens(
     vocab_size: int,
     probability: float,
     generator: torch.Generator,
+    per_sequence: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose exactly round(probability * B * T) positions and apply the 80/10/10 rule to them.
 
@@ -43,29 +44,39 @@ def mask_tokens(
         vocab_size: V; random tokens are drawn from the ids below it.
         probability: share of all positions.
         generator: source of randomness.
+        per_sequence: choose round(probability * T) positions in every sequence; 80/10/10 still holds over the batch.
 
     Returns:
         Masked input ids and labels, both (B, T) int64; labels are -100 where nothing is predicted.
 
     Raises:
-        ValueError: if the batch has fewer ordinary tokens than positions to choose.
+        ValueError: if the batch, or a sequence of it, has fewer ordinary tokens than positions to choose.
     """
-    flat = input_ids.reshape(-1).clone()  # (B, T) -> (B*T,)
-    count = round(probability * flat.numel())
-    ordinary = (~torch.isin(flat, special_ids)).nonzero().squeeze(1)
-    if len(ordinary) < count:
+    known = torch.ones(vocab_size, dtype=torch.bool)
+    known[special_ids[special_ids < vocab_size]] = False
+    ordinary = known[input_ids]  # (B, T)
+    groups = ordinary if per_sequence else ordinary.reshape(1, -1)  # (B, T) or (1, B*T)
+    count = round(probability * groups.shape[1])
+    fewest = int(groups.sum(dim=1).min())
+    if fewest < count:
         raise ValueError(
-            f"cannot mask {count} positions ({probability:g} of {flat.numel()}): "
-            f"only {len(ordinary)} tokens of the batch are not special tokens"
+            f"cannot mask {count} positions ({probability:g} of {groups.shape[1]}): "
+            f"only {fewest} tokens of the {'sequence' if per_sequence else 'batch'} are not special tokens"
         )
-    chosen = ordinary[torch.randperm(len(ordinary), generator=generator)[:count]]  # (count,)
+    chosen = torch.cat(
+        [
+            row * groups.shape[1] + places[torch.randperm(len(places), generator=generator)[:count]]
+            for row, places in enumerate(group.nonzero().squeeze(1) for group in groups)
+        ]
+    )  # (B*count,) or (count,), positions in the flat batch
+    if per_sequence:
+        chosen = chosen[torch.randperm(len(chosen), generator=generator)]
+    flat = input_ids.reshape(-1).clone()  # (B, T) -> (B*T,)
     labels = torch.full_like(flat, IGNORED)
     labels[chosen] = flat[chosen]
-    masked, replaced = round(0.8 * count), round(0.1 * count)
+    masked, replaced = round(0.8 * len(chosen)), round(0.1 * len(chosen))
     flat[chosen[:masked]] = mask_token_id
-    allowed = torch.ones(vocab_size, dtype=torch.bool)
-    allowed[special_ids[special_ids < vocab_size]] = False
-    allowed = allowed.nonzero().squeeze(1)
+    allowed = known.nonzero().squeeze(1)
     draws = torch.randint(len(allowed), (replaced,), generator=generator)
     flat[chosen[masked : masked + replaced]] = allowed[draws]
     return flat.view_as(input_ids), labels.view_as(input_ids)
@@ -98,24 +109,38 @@ class MaskedLanguageModelCollator:
         # [UNK] stands for real text, and a text full of unknown characters must still have enough to mask.
         self.special_ids = torch.tensor(sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}))
 
-    def __call__(self, examples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, examples: Sequence[dict[str, torch.Tensor]] | dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """Collate B sequences of T tokens.
 
         Args:
-            examples: B times {"input_ids": (T,)}; with "labels" (T,) beside it, the example is masked already and
-                stays as it is.
+            examples: B times {"input_ids": (T,)}, or {"input_ids": (B, T)}; examples with "labels" (T,) beside the
+                ids are masked already and stay as they are.
 
         Returns:
             {"input_ids": (B, T), "labels": (B, T)}, int64.
         """
+        if isinstance(examples, dict):
+            return self.mask(examples["input_ids"])
         if "labels" in examples[0]:
             return {key: torch.stack([example[key] for example in examples]) for key in ("input_ids", "labels")}
-        input_ids = torch.stack([example["input_ids"] for example in examples])  # (B, T)
+        return self.mask(torch.stack([example["input_ids"] for example in examples]))  # (B, T)
+
+    def mask(self, input_ids: torch.Tensor, per_sequence: bool = False) -> dict[str, torch.Tensor]:
+        """Mask a batch.
+
+        Args:
+            input_ids: (B, T) int64.
+            per_sequence: see `mask_tokens`.
+
+        Returns:
+            {"input_ids": (B, T), "labels": (B, T)}, int64.
+        """
         # 32 bits for both: torch's CPU generator ignores the upper half of a seed.
         generator = torch.Generator().manual_seed(zlib.crc32(input_ids.numpy().tobytes(), self.seed % 2**32))
-        input_ids, labels = mask_tokens(
-            input_ids, self.special_ids, self.mask_token_id, self.vocab_size, self.probability, generator
-        )
+        vocabulary = (self.special_ids, self.mask_token_id, self.vocab_size)
+        input_ids, labels = mask_tokens(input_ids, *vocabulary, self.probability, generator, per_sequence)
         return {"input_ids": input_ids, "labels": labels}
 
 
@@ -131,9 +156,9 @@ class MaskedSequences(Dataset):
     """
 
     def __init__(self, sequences: Dataset, collator: MaskedLanguageModelCollator):
-        batches = [collator([sequences[index]]) for index in range(len(sequences))]
-        self.input_ids = torch.cat([batch["input_ids"] for batch in batches])  # (S, T)
-        self.labels = torch.cat([batch["labels"] for batch in batches])  # (S, T)
+        rows = [sequences[index]["input_ids"] for index in range(len(sequences))]
+        masked = collator.mask(torch.stack(rows), per_sequence=True)
+        self.input_ids, self.labels = masked["input_ids"], masked["labels"]  # (S, T)
 
     def __len__(self) -> int:
         return len(self.input_ids)

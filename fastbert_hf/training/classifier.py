@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from fastbert_hf.data.glue import Task
 from fastbert_hf.fff_layer import FastFeedForward
-from fastbert_hf.training.runs import check_weights
+from fastbert_hf.training.checkpoints import check_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -70,3 +70,28 @@ def plot_learning_curve(path: Path, history: Sequence[dict[str, Any]]) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def plot_tree_usage(path: Path, usage: Sequence[dict[str, Any]]) -> None:
+    """Draw which share of each level's nodes was visited, layer by layer, with leaf entropy and dead nodes beside it.
+
+    Args:
+        path: the PNG.
+        usage: what `tree_usage` returns.
+    """
+    shares = np.array([layer["used_share"] for layer in usage])  # (L, D+1)
+    drawing = _new_figure(2.5 + 0.5 * shares.shape[1], 1.6 + 0.35 * len(shares))
+    if drawing is None:
+        return
+    figure, axes = drawing
+    image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for row, column in np.ndindex(shares.shape):
+        color = "black" if shares[row, column] > 0.5 else "white"
+        axes.text(column, row, f"{shares[row, column]:.0%}", ha="center", va="center", color=color, fontsize=7)
+    labels = [
+        f"{row}: {layer['leaf_entropy']:.1f} bits, {layer['dead_nodes']} dead" for row, layer in enumerate(usage)
+    ]
+    axes.set(xlabel="level of the tree", ylabel="layer: leaf entropy, dead nodes", xticks=range(shares.shape[1]))
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    figure.colorbar(image, label="nodes visited")
+    figure.savefig(path, dpi=120)

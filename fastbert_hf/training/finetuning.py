@@ -23,19 +23,17 @@ from transformers import (
 
 from fastbert_hf.data.glue import Split, Task, TaskData, load_glue, load_task_files
 from fastbert_hf.data.tokenizer import load_tokenizer
+from fastbert_hf.training.checkpoints import check_checkpoint, find_checkpoint, remove_checkpoints
 from fastbert_hf.training.classifier import Head, ModelArguments, fit_head, load_classifier, restrict_training
 from fastbert_hf.training.figures import plot_confusion, plot_learning_curve
 from fastbert_hf.training.glue_submission import write_predictions
 from fastbert_hf.training.metrics import compute, decode_predictions, majority_baseline
 from fastbert_hf.training.publishing import check_push, prepare_folder, publish, write_card, write_recipe
 from fastbert_hf.training.runs import (
-    check_checkpoint,
     check_fit,
     check_options,
-    find_checkpoint,
     is_main_process,
     quiet_host,
-    remove_checkpoints,
     save_model,
     train,
     write_summary,

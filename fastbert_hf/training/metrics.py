@@ -126,15 +126,14 @@ def majority_baseline(names: Sequence[str], train_labels, references, is_regress
     return best | {name: f1(np.ones(len(references), dtype=int), references) for name in names if name == "f1"}
 
 
-def unigram_loss(train_ids: np.ndarray, labels: torch.Tensor, vocab_size: int) -> float:
+def unigram_loss(token_counts: np.ndarray, labels: torch.Tensor) -> float:
     """Cross-entropy of masked tokens under the training tokens' frequencies with add-one smoothing.
 
     It is the best that a model can do which ignores the context, so MLM losses mean something only below it.
 
     Args:
-        train_ids: integer array of any shape, the training tokens.
+        token_counts: (V,) how often each id occurs in the training text.
         labels: (S, T) held-out labels, -100 where nothing is predicted.
-        vocab_size: V.
 
     Returns:
         Mean negative log-probability in nats.
@@ -145,5 +144,5 @@ def unigram_loss(train_ids: np.ndarray, labels: torch.Tensor, vocab_size: int) -
     targets = labels[labels != IGNORED].numpy()
     if not len(targets):
         raise ValueError("the unigram baseline needs at least one labelled position; got none")
-    counts = np.bincount(train_ids.reshape(-1), minlength=vocab_size).astype(np.float64) + 1.0  # (V,)
+    counts = token_counts.astype(np.float64) + 1.0  # (V,)
     return float(-np.log(counts / counts.sum())[targets].mean())

@@ -1,13 +1,11 @@
-"""What pretraining and fine-tuning share: checks before the start, picking up checkpoints, saving the result."""
+"""What pretraining and fine-tuning share: checks before the start, training, saving the result."""
 
 import json
 import math
-import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerState
 
 from fastbert_hf.data.atomic import check_output_folder, staged_folder, write_text
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
 
 COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 RATES = ("learning_rate", "weight_decay", "adam_epsilon", "num_train_epochs")
-FRESH = ("none", "false", "no")
 
 
 def check_options(args: "TrainingArguments", max_seq_length: int) -> None:
@@ -39,85 +36,6 @@ def check_options(args: "TrainingArguments", max_seq_length: int) -> None:
     for name in RATES:
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"{name} must be a finite number, zero or above; got {getattr(args, name)}")
-
-
-def find_checkpoint(args: "TrainingArguments", overwrite: bool = False) -> str | None:
-    """Decide what a run starts from; nothing is changed.
-
-    Args:
-        args: `resume_from_checkpoint` is a folder, empty or "true" (the last complete checkpoint in `output_dir`,
-            if there is one) or "none" (start anew beside what is there).
-        overwrite: start anew, whatever is in `output_dir`.
-
-    Returns:
-        A checkpoint folder, or None for a fresh start.
-
-    Raises:
-        ValueError: if `output_dir` is a file, or the named checkpoint does not exist or is incomplete.
-    """
-    output_dir = check_output_folder(args.output_dir)
-    wanted = args.resume_from_checkpoint
-    if wanted and wanted.lower() not in (*FRESH, "true"):
-        if not (Path(wanted) / "trainer_state.json").is_file():
-            raise ValueError(f"resume_from_checkpoint {wanted!r} holds no trainer_state.json: not a whole checkpoint")
-        return wanted
-    # The Trainer writes trainer_state.json last: a folder without it was interrupted while being written.
-    complete = [path.parent for path in output_dir.glob("checkpoint-*/trainer_state.json")]
-    if overwrite or not complete or (wanted and wanted.lower() in FRESH):
-        return None
-    return str(max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1])))
-
-
-def check_weights(folder: str | Path | None) -> None:
-    """Check that the weight files of a folder are whole; only their headers are read.
-
-    Args:
-        folder: a model or a checkpoint; Hub names and None pass.
-
-    Raises:
-        ValueError: naming the folder and the first file that is cut off or damaged.
-    """
-    for file in sorted(Path(folder).glob("*.safetensors")) if folder else ():
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"the weights in {str(folder)!r} cannot be read: {file.name}: {error}") from error
-
-
-def check_checkpoint(checkpoint: str | None, config: "PreTrainedConfig") -> None:
-    """Check that a checkpoint holds the model that is about to be trained.
-
-    Args:
-        checkpoint: what `find_checkpoint` returned.
-        config: the model's configuration.
-
-    Raises:
-        ValueError: naming the first field that differs, or a damaged weight file.
-    """
-    check_weights(checkpoint)
-    file = Path(checkpoint or "") / "config.json"
-    if checkpoint is None or not file.is_file():
-        return
-    stored = json.loads(file.read_text(encoding="utf-8"))
-    current = json.loads(config.to_json_string(use_diff=False))
-    bookkeeping = {"transformers_version", "architectures", "dtype", "_name_or_path", "auto_map", "use_cache"}
-    for name in sorted(stored.keys() & current.keys() - bookkeeping):
-        if stored[name] != current[name] and not name.endswith("_token_id"):
-            raise ValueError(
-                f"{checkpoint!r} was made by another run: {name} is {stored[name]!r} there, {current[name]!r} here; "
-                "choose another output_dir, or --overwrite_output_dir to remove its checkpoints"
-            )
-
-
-def remove_checkpoints(output_dir: str | Path) -> None:
-    """Remove the checkpoints of an earlier run.
-
-    Args:
-        output_dir: the run's folder; everything else in it stays.
-    """
-    for checkpoint in Path(output_dir).glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
 
 
 class TrainingClock(TrainerCallback):

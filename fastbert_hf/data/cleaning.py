@@ -1,0 +1,25 @@
+"""Optional cleaning of raw documents: what is not running text goes."""
+
+import re
+import unicodedata
+
+MIN_CHARACTERS = 200
+MIN_LETTER_SHARE = 0.65  # letters and spaces among all characters; tables, code and digits have less
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028\u2029\ufeff]")
+
+
+def clean_document(document: str) -> str | None:
+    """Clean one document.
+
+    Args:
+        document: raw text.
+
+    Returns:
+        The text in Unicode's composed form, without control characters, spaces single; None if less than
+        `MIN_CHARACTERS` are left or under `MIN_LETTER_SHARE` of them are letters or spaces.
+    """
+    text = " ".join(_CONTROL.sub(" ", unicodedata.normalize("NFC", document)).split())
+    if len(text) < MIN_CHARACTERS:
+        return None
+    letters = sum(character.isalpha() or character == " " for character in text)
+    return text if letters >= MIN_LETTER_SHARE * len(text) else None

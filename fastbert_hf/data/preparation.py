@@ -1,0 +1,260 @@
+"""Raw text to a prepared corpus: clean, drop duplicates, hold out, tokenize, pack, write; always the same bytes."""
+
+import contextlib
+import itertools
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastbert_hf.data.atomic import check_output_folder
+from fastbert_hf.data.cleaning import clean_document
+from fastbert_hf.data.corpus import is_held_out, read_documents
+from fastbert_hf.data.deduplication import SeenDocuments
+from fastbert_hf.data.packing import Packer, check_seq_length, tokenize
+from fastbert_hf.data.prepared import (
+    COUNTS,
+    MANIFEST,
+    TOKENIZER,
+    damage,
+    file_digest,
+    read_manifest,
+    write_manifest,
+    write_shards,
+)
+from fastbert_hf.data.sources import Source
+from fastbert_hf.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPLITS = ("train", "validation")
+WORK = ".work"  # what is being compared and written; removed at the end
+
+
+@dataclass(frozen=True)
+class PreparationSettings:
+    """What decides the bytes of a prepared corpus, beside its sources.
+
+    Attributes:
+        max_seq_length: tokens per sequence, T.
+        validation_share: part of the documents held out where no validation source is given.
+        clean: clean documents (`clean_document`).
+        deduplicate: drop documents seen before, held-out ones first.
+        tokenizer_name: tokenizer folder or Hub name; None trains one.
+        vocab_size: entries of a new tokenizer.
+        lowercase: whether it lowers the case.
+        tokenizer_megabytes: millions of characters it is trained on: the beginning of every training source, in equal
+            parts.
+        shard_megabytes: size of a file, about.
+    """
+
+    max_seq_length: int = 128
+    validation_share: float = 0.01
+    clean: bool = False
+    deduplicate: bool = False
+    tokenizer_name: str | None = None
+    vocab_size: int = 32768
+    lowercase: bool = True
+    tokenizer_megabytes: float = 50.0
+    shard_megabytes: float = 64.0
+
+
+@dataclass
+class Counts:
+    """What became of the documents, by split where that makes a difference."""
+
+    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    characters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    dropped_by_cleaning: int = 0
+    dropped_as_duplicates: int = 0
+
+
+def prepare(
+    train: list[Source], validation: list[Source], settings: PreparationSettings, folder: Path, progress: bool = False
+) -> tuple[dict[str, Any], bool]:
+    """Prepare a corpus, unless it lies there prepared already.
+
+    Args:
+        train: where the text comes from.
+        validation: held-out text; empty to hold out part of `train`.
+        settings: what to do with it.
+        folder: output; a prepared corpus of other text or settings is not overwritten.
+        progress: show progress bars.
+
+    Returns:
+        The manifest, and whether an earlier preparation was reused.
+
+    Raises:
+        ValueError: for text or a tokenizer that cannot be read, no text at all, or another corpus in `folder`.
+    """
+    check_seq_length(settings.max_seq_length)
+    check_output_folder(folder)
+    wanted = {
+        "settings": asdict(settings) | {"tokenizer_digest": _given_tokenizer(settings)},
+        "sources": {
+            name: [source.describe() for source in sources] for name, sources in zip(SPLITS, (train, validation))
+        },
+    }
+    existing = read_manifest(folder)
+    if existing is not None:
+        if {name: existing[name] for name in wanted} != wanted:
+            raise ValueError(
+                f"{str(folder)!r} holds a corpus of other text or settings; choose another output_dir, "
+                f"or remove its {MANIFEST}"
+            )
+        if damage(folder, existing, verify=True) is None:
+            return existing, True
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    work = folder / WORK
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        tokenizer = _tokenizer(train, validation, settings, folder, progress)
+        manifest = wanted | _write(train, validation, settings, folder, tokenizer, progress)
+    except OSError as error:
+        raise ValueError(f"the corpus cannot be written in {str(folder)!r}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    write_manifest(folder, manifest)
+    return manifest, False
+
+
+def _given_tokenizer(settings: PreparationSettings) -> str | None:
+    """What a given tokenizer is, beside its name."""
+    file = Path(settings.tokenizer_name or "") / "tokenizer.json"
+    return file_digest(file) if settings.tokenizer_name and file.is_file() else None
+
+
+def _tokenizer(
+    train: list[Source], validation: list[Source], settings: PreparationSettings, folder: Path, progress: bool
+) -> "PreTrainedTokenizerBase":
+    """The given tokenizer, or one trained on a sample; a copy lies in the folder."""
+    if settings.tokenizer_name is not None:
+        tokenizer = load_tokenizer(settings.tokenizer_name, needs_mask=True)
+        if not tokenizer.is_fast:
+            raise ValueError(f"the tokenizer {settings.tokenizer_name!r} is not a fast one (tokenizer.json)")
+    else:
+        share = 0.0 if validation else settings.validation_share
+        tokenizer = train_wordpiece(
+            list(_sample(train, settings, share)),
+            settings.vocab_size,
+            settings.lowercase,
+            settings.max_seq_length,
+            progress=progress,
+        )
+    save_tokenizer(tokenizer, folder / TOKENIZER)
+    return tokenizer
+
+
+def _sample(sources: list[Source], settings: PreparationSettings, validation_share: float) -> Iterator[str]:
+    """The beginning of every source, in equal parts, without what is held out."""
+    for source in sources:
+        room = settings.tokenizer_megabytes * 1e6 / len(sources)
+        with contextlib.closing(source.documents()) as documents:
+            for document in documents:
+                if settings.clean:
+                    document = clean_document(document)
+                if document is None or (validation_share and is_held_out(document, validation_share)):
+                    continue
+                yield document[: int(room)]
+                room -= len(document)
+                if room < 1:
+                    break
+
+
+def _write(
+    train: list[Source],
+    validation: list[Source],
+    settings: PreparationSettings,
+    folder: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    progress: bool,
+) -> dict[str, Any]:
+    """Write the shards of both splits; returns their part of the manifest."""
+    counts = Counts()
+    seen = SeenDocuments(folder / WORK / "seen.sqlite") if settings.deduplicate else None
+    vocab_size = len(tokenizer)
+    token_counts = np.zeros(vocab_size, dtype=np.int64)
+    rows_per_shard = max(1, int(settings.shard_megabytes * 1e6) // (settings.max_seq_length * 2))
+    held_out = folder / WORK / "validation.jsonl"
+    shards: dict[str, list] = {}
+    # What is held out goes first where it is a source of its own: a document of both then leaves the training text.
+    for split in ("validation", "train") if validation else ("train", "validation"):
+        sources = validation if split == "validation" else train
+        if sources and sources[0].is_tokenized():
+            arrays = itertools.chain.from_iterable(
+                source.sequences(settings.max_seq_length, vocab_size) for source in sources
+            )
+        else:
+            if sources:
+                raw = itertools.chain.from_iterable(source.documents() for source in sources)
+                documents = _kept(raw, settings, seen, counts)
+                if not validation:
+                    documents = _split_off(documents, settings.validation_share, held_out)
+            else:
+                documents = read_documents([held_out])
+            arrays = Packer(tokenizer, settings.max_seq_length).pack(
+                tokenize(_counted(documents, counts, split), tokenizer, progress, name=f"{split} text")
+            )
+        if split == "train":
+            arrays = _tallied(arrays, token_counts)
+        shards[split] = write_shards(folder, split, arrays, vocab_size, rows_per_shard)
+    if seen is not None:
+        seen.close()
+    if not shards["train"]:
+        raise ValueError(
+            f"the corpus is empty: it gives no sequence of {settings.max_seq_length} tokens for training "
+            f"({counts.documents['train']} documents, {counts.dropped_by_cleaning} dropped by cleaning, "
+            f"{counts.dropped_as_duplicates} as duplicates)"
+        )
+    np.save(folder / COUNTS, token_counts)
+    return {
+        "tokenizer_sha256": file_digest(folder / TOKENIZER / "tokenizer.json"),
+        "vocab_size": vocab_size,
+        "counts": asdict(counts)
+        | {"sequences": {split: sum(entry["sequences"] for entry in shards[split]) for split in SPLITS}},
+        "shards": {split: shards[split] for split in SPLITS},
+    }
+
+
+def _kept(
+    documents: Iterable[str], settings: PreparationSettings, seen: SeenDocuments | None, counts: Counts
+) -> Iterator[str]:
+    """Documents that pass cleaning and were not seen before."""
+    for document in documents:
+        if settings.clean and (document := clean_document(document)) is None:
+            counts.dropped_by_cleaning += 1
+        elif seen is not None and not seen.add(document):
+            counts.dropped_as_duplicates += 1
+        else:
+            yield document
+
+
+def _split_off(documents: Iterable[str], share: float, held_out: Path) -> Iterator[str]:
+    """Pass on the training documents and put the others aside, on disk."""
+    with open(held_out, "w", encoding="utf-8") as file:
+        for document in documents:
+            if is_held_out(document, share):
+                file.write(json.dumps({"text": document}) + "\n")
+            else:
+                yield document
+
+
+def _counted(documents: Iterable[str], counts: Counts, split: str) -> Iterator[str]:
+    for document in documents:
+        counts.documents[split] += 1
+        counts.characters[split] += len(document)
+        yield document
+
+
+def _tallied(arrays: Iterable[np.ndarray], token_counts: np.ndarray) -> Iterator[np.ndarray]:
+    """Count the tokens that pass by, without the [CLS] that every sequence begins with."""
+    for array in arrays:
+        token_counts += np.bincount(array[:, 1:].reshape(-1), minlength=len(token_counts))
+        yield array

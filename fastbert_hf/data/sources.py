@@ -1,0 +1,182 @@
+"""Where a corpus comes from: files on this machine, or a dataset of the Hub, streamed or not; text or token ids."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from fastbert_hf.data.corpus import check_corpus_files, read_documents, text_of
+from fastbert_hf.data.prepared import file_digest
+
+TOKENIZED = "input_ids"  # column of a dataset that is tokenized and packed already
+ROWS = 1000
+
+
+class Source(Protocol):
+    """Text, or sequences of token ids, that can be read again and again."""
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the source, for the manifest: no path of this machine."""
+
+    def is_tokenized(self) -> bool:
+        """Whether it holds sequences instead of documents."""
+
+    def documents(self) -> Iterator[str]:
+        """Its documents, one at a time."""
+
+    def sequences(self, seq_length: int, vocab_size: int) -> Iterator[np.ndarray]:
+        """Its sequences: (n, T) integer arrays."""
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file of text, or a Parquet file of token ids.
+
+    Attributes:
+        path: see `read_documents`.
+        text_column: field with the text.
+        license: what its text may be used for, for the model card.
+    """
+
+    path: Path
+    text_column: str = "text"
+    license: str | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Name, size, digest and licence; the folder it lies in says nothing elsewhere."""
+        check_corpus_files([self.path])
+        about = {"name": self.path.name, "bytes": self.path.stat().st_size, "sha256": file_digest(self.path)}
+        return about | {"text_column": self.text_column, "license": self.license}
+
+    def is_tokenized(self) -> bool:
+        """Whether it is a Parquet file with token ids and no text."""
+        if self.path.suffix != ".parquet":
+            return False
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        try:
+            columns = pyarrow.parquet.read_schema(self.path).names
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"corpus file {str(self.path)!r} is no whole Parquet file: {error}") from error
+        return TOKENIZED in columns and self.text_column not in columns
+
+    def documents(self) -> Iterator[str]:
+        """The file's documents."""
+        return read_documents([self.path], self.text_column)
+
+    def sequences(self, seq_length: int, vocab_size: int) -> Iterator[np.ndarray]:
+        """The file's sequences."""
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        try:
+            with pyarrow.parquet.ParquetFile(self.path) as table:
+                for batch in table.iter_batches(batch_size=ROWS, columns=[TOKENIZED]):
+                    yield _checked(batch.column(0).to_pylist(), seq_length, vocab_size, str(self.path))
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"corpus file {str(self.path)!r} is no whole Parquet file: {error}") from error
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A dataset of the Hub, or a folder in the form of one.
+
+    Attributes:
+        name: NAMESPACE/NAME, or a folder.
+        config: its configuration, where it has several.
+        split: which part.
+        revision: branch, tag or commit.
+        streaming: read it over the network instead of downloading it first.
+        text_column: column with the text.
+        max_documents: take the first rows only.
+        license: what its text may be used for, for the model card.
+    """
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+    text_column: str = "text"
+    max_documents: int | None = None
+    license: str | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Name, split and revision; a folder goes by its own name."""
+        name = Path(self.name).absolute().name if Path(self.name).is_dir() else self.name
+        about = {"name": name, "config": self.config, "split": self.split, "revision": self.revision}
+        return about | {
+            "text_column": self.text_column,
+            "max_documents": self.max_documents,
+            "license": self.license,
+        }
+
+    def is_tokenized(self) -> bool:
+        """Whether it has token ids and no text."""
+        columns = self._open().column_names
+        if columns is None:  # some streams tell only with their first row
+            columns = list(next(iter(self._open()), {}))
+        if self.text_column in columns:
+            return False
+        if TOKENIZED not in columns:
+            raise ValueError(
+                f"dataset {self.name!r} has neither a column {self.text_column!r} nor {TOKENIZED!r}; "
+                f"it has {', '.join(columns)}"
+            )
+        return True
+
+    def documents(self) -> Iterator[str]:
+        """The dataset's documents."""
+        for number, row in enumerate(self._rows(), start=1):
+            if document := " ".join(text_of(row, self.text_column, f"dataset {self.name!r}, row {number}").split()):
+                yield document
+
+    def sequences(self, seq_length: int, vocab_size: int) -> Iterator[np.ndarray]:
+        """The dataset's sequences."""
+        waiting = []
+        for row in self._rows():
+            waiting.append(row[TOKENIZED])
+            if len(waiting) == ROWS:
+                yield _checked(waiting, seq_length, vocab_size, self.name)
+                waiting = []
+        if waiting:
+            yield _checked(waiting, seq_length, vocab_size, self.name)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        for number, row in enumerate(self._open()):
+            if self.max_documents is not None and number >= self.max_documents:
+                return
+            yield row
+
+    def _open(self):
+        from datasets import load_dataset
+
+        try:
+            return load_dataset(
+                self.name, self.config, split=self.split, revision=self.revision, streaming=self.streaming
+            )
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"dataset {self.name!r} cannot be loaded: {reason}") from error
+
+
+def _checked(rows: list, seq_length: int, vocab_size: int, name: str) -> np.ndarray:
+    """Rows of token ids as an (n, T) array.
+
+    Raises:
+        ValueError: a row has another length, or an id that is not in the vocabulary.
+    """
+    lengths = {len(row) if row is not None else 0 for row in rows}
+    if lengths != {seq_length}:
+        raise ValueError(
+            f"{name!r} has sequences of {min(lengths)} to {max(lengths)} tokens; max_seq_length is {seq_length}"
+        )
+    array = np.asarray(rows, dtype=np.int64)
+    if array.min() < 0 or array.max() >= vocab_size:
+        raise ValueError(
+            f"{name!r} has token ids from {array.min()} to {array.max()}; the tokenizer has {vocab_size} entries"
+        )
+    return array

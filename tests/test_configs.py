@@ -9,7 +9,7 @@ import fastbert_hf  # noqa: F401  registers the model with the Auto classes
 from fastbert_hf.training.arguments import RecipeArgumentParser, load_yaml
 from fastbert_hf.training.classifier import ModelArguments
 from fastbert_hf.training.finetuning import DataTrainingArguments
-from fastbert_hf.training.pretraining import PretrainingArguments
+from fastbert_hf.training.pretraining import PretrainingArguments, budget_clock, step_size
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -64,7 +64,10 @@ def test_pretraining_recipes_name_an_existing_model(path, tmp_path):
     options, args = parse(path, tmp_path)
     config = AutoConfig.for_model("fastbert", **load_yaml(ROOT / options.model_config))
     assert config.max_position_embeddings >= options.max_seq_length
-    assert args.max_steps > 0 and args.max_grad_norm == 0.5
+    clock = budget_clock(options, args, epoch_steps=1)
+    assert clock.amount > 1 or clock.unit != "max_steps"  # not one epoch for want of a budget
+    assert step_size(options, args) >= args.per_device_train_batch_size
+    assert args.max_grad_norm == 0.5
 
 
 @pytest.mark.parametrize("path", in_group("glue"), ids=named)

@@ -94,6 +94,7 @@ def prepare(
     """
     check_seq_length(settings.max_seq_length)
     check_output_folder(folder)
+    _check_kinds(train, validation, settings)
     wanted = {
         "settings": asdict(settings) | {"tokenizer_digest": _given_tokenizer(settings)},
         "sources": {
@@ -121,8 +122,18 @@ def prepare(
         raise ValueError(f"the corpus cannot be written in {str(folder)!r}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    write_manifest(folder, manifest)
-    return manifest, False
+    return write_manifest(folder, manifest), False
+
+
+def _check_kinds(train: list[Source], validation: list[Source], settings: PreparationSettings) -> None:
+    """Check that sources of token ids come with what they need."""
+    kinds = {source.is_tokenized() for source in (*train, *validation)}
+    if len(kinds) > 1:
+        raise ValueError("the sources must be either text or tokenized, all of them; got both")
+    if kinds == {True} and settings.tokenizer_name is None:
+        raise ValueError("the data is tokenized already: name its tokenizer (--tokenizer_name)")
+    if kinds == {True} and not validation:
+        raise ValueError("the data is tokenized already: name a held-out source or split beside it")
 
 
 def _given_tokenizer(settings: PreparationSettings) -> str | None:

@@ -215,9 +215,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Declare a folder complete."""
-    write_text(folder / MANIFEST, json.dumps({"format": FORMAT, **manifest}, indent=2, ensure_ascii=False) + "\n")
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Declare a folder complete; returns the manifest as it is read again."""
+    manifest = {"format": FORMAT, **manifest}
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    return manifest
 
 
 def damage(folder: Path, manifest: dict[str, Any], verify: bool) -> str | None:

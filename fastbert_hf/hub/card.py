@@ -118,18 +118,42 @@ def results_table(summary: Mapping[str, Any]) -> str:
         baseline = summary.get("unigram_loss")
         score = "" if baseline is None else f"{baseline:.4f} (token frequencies)"
         rows.append(f"| masked tokens of held-out text | nats | {summary['validation_loss']:.4f} | {score} |")
+        if "validation_accuracy" in summary:
+            rows.append(f"| masked tokens of held-out text | accuracy | {summary['validation_accuracy']:.4f} | |")
     return "\n".join(["| on | measure | this model | baseline |", "|---|---|---|---|", *rows]) if rows else ""
 
 
 def training_text(summary: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     """What is recorded of the training run, one row a value."""
-    counts = ("steps", "tokens_seen", "train_tokens", "train_examples", "train_seconds")
+    counts = ("steps", "tokens_seen", "train_tokens", "train_examples", "train_seconds", "tokens_per_second")
     rows = {**{name: summary.get(name) for name in counts}, **recipe}
     if "seed" not in rows:
         rows["seed"] = summary.get("seed")
     known = {name: value for name, value in rows.items() if value not in (None, "", [], {})}
     lines = [f"| {name} | {f'{value:,}' if type(value) is int else value} |" for name, value in known.items()]
     return "\n".join(["| | |", "|---|---|", *lines]) if lines else ""
+
+
+def sources_text(summary: Mapping[str, Any]) -> str:
+    """Where the training text came from and under which licence, one row a source; empty if that is not recorded."""
+    rows = []
+    for source in summary.get("sources") or ():
+        digest = source.get("sha256")
+        version = f"SHA-256 {digest[:16]}" if digest else source.get("revision") or ""
+        rows.append(f"| {source['name']} | {version} | {source.get('license') or 'not stated'} |")
+    return "\n".join(["| source | version | licence |", "|---|---|---|", *rows]) if rows else ""
+
+
+def limits_text(summary: Mapping[str, Any], parameters: int) -> str:
+    """What a pretraining run says nothing about; empty for other models."""
+    if "validation_loss" not in summary or not summary.get("tokens_seen"):
+        return ""
+    tokens = summary["tokens_seen"]
+    return (
+        f"Seen in training: {tokens:,} tokens, {tokens / parameters:.1f} for each of {parameters:,} parameters; BERT "
+        "saw about 137 billion. Held-out loss on text like the training text is all that was measured: no downstream "
+        "task, no other language or domain, no social bias, no facts that the model may state wrongly."
+    )
 
 
 def speed_table(file: Path, config: FastBertConfig) -> str:
@@ -212,6 +236,8 @@ def render_card(
         has_tokenizer=(folder / "tokenizer_config.json").is_file(),
         training=training_text(summary, recipe),
         results=results_table(summary),
+        sources=sources_text(summary),
+        limits=limits_text(summary, parameters),
         speed=speed_table(speed, config) if speed else "",
         neurons_per_token=config.neurons_per_token,
         neurons_per_layer=config.neurons_per_layer,

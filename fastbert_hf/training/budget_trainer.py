@@ -58,7 +58,8 @@ class BudgetTrainer(Trainer):
         self.microbatches = 0  # consumed so far, over all processes
         self.skipped_steps = self.bad_in_a_row = self.rollbacks = 0
         self.data_seconds = 0.0  # spent waiting for batches since training began
-        self._step_tokens = 0
+        self._step_tokens = self._good_since_log = 0
+        self._last_step_good = True
         self._seconds_before = 0.0
         self._stage: Path | None = None
         self.args.ignore_data_skip = True  # the order itself begins at the right place
@@ -170,8 +171,10 @@ class BudgetTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         if self.accelerator.scaler is not None:  # its own inf checks lower the loss scale
             return norm
-        if math.isfinite(float(norm)):
+        self._last_step_good = math.isfinite(float(norm))
+        if self._last_step_good:
             self.bad_in_a_row = 0
+            self._good_since_log += 1
             return norm
         model.zero_grad(set_to_none=True)  # an optimiser leaves parameters without gradient alone
         self.skipped_steps += 1
@@ -209,8 +212,9 @@ class BudgetTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         """Write a checkpoint that is whole or not there; weights that are not finite are never written."""
         bad = [name for name, value in self.model.named_parameters() if not torch.isfinite(value).all()]
-        if bad:
-            logger.warning("no checkpoint at step %d: %s is not finite", self.state.global_step, bad[0])
+        if bad or not self._last_step_good:
+            what = bad[0] if bad else "the last gradient"
+            logger.warning("no checkpoint at step %d: %s is not finite", self.state.global_step, what)
             return
         self.record()
         args = self.args
@@ -228,6 +232,10 @@ class BudgetTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the run has spent to every line of the log."""
         spent = self.clock.spent
+        if "loss" in logs:
+            if self.accelerator.scaler is None and not self._good_since_log:
+                logs["loss"] = math.nan  # the library says 0
+            self._good_since_log = 0
         logs |= {
             "tokens": spent.tokens,
             "seconds": round(spent.seconds, 3),

@@ -63,6 +63,9 @@ class PretrainingArguments(CorpusArguments):
     max_bad_steps: int = field(
         default=10, metadata={"help": "steps with NaN or Inf in a row before going back to the last checkpoint"}
     )
+    mixed_precision: bool = field(
+        default=False, metadata={"help": "bfloat16 where a GPU has it, float16 on other GPUs, float32 on a CPU"}
+    )
     sparse_prediction: bool = field(
         default=True, metadata={"help": "compute the decoder at predicted positions only while training"}
     )
@@ -123,6 +126,15 @@ def budget_clock(options: PretrainingArguments, args: TrainingArguments, epoch_s
     return BudgetClock(unit, amount)
 
 
+def choose_precision(args: TrainingArguments) -> None:
+    """Have the device compute in the 16-bit format it has; a CPU stays at float32."""
+    if args.device.type != "cuda" or args.bf16 or args.fp16:
+        return
+    args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    args.fp16 = not args.bf16
+    args.mixed_precision = "bf16" if args.bf16 else "fp16"
+
+
 def step_size(options: PretrainingArguments, args: TrainingArguments) -> int:
     """Sequences of a full optimiser step; the library's own accumulation is replaced by whole microbatches.
 
@@ -176,6 +188,8 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     checkpoint = find_checkpoint(args, options.overwrite_output_dir)
     tokenizer = _tokenizer(options)
     quiet_host(args)
+    if options.mixed_precision:
+        choose_precision(args)
     set_seed(args.seed)
     sparse = options.mlm_probability if options.sparse_prediction else 0.0
     model = build_model(

@@ -117,3 +117,15 @@ def test_the_template_is_the_one_at_the_top_and_travels_with_the_package(tmp_pat
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
     built = tmp_path / "fastbert_hf" / "hub" / "model_card.md"
     assert not built.is_symlink() and built.read_text() == TEMPLATE.read_text()
+
+
+def test_text_and_limits_of_a_pretraining_run_are_stated(tmp_path):
+    sources = [{"name": "a.txt", "sha256": "0123456789abcdef" * 4, "license": "cc0-1.0"}, {"name": "b/c"}]
+    summary = {**PRETRAINED, "validation_accuracy": 0.4567, "sources": sources}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    text = card(tmp_path)
+    assert "| a.txt | SHA-256 0123456789abcdef | cc0-1.0 |" in text and "| b/c |  | not stated |" in text
+    assert "| accuracy | 0.4567 |" in text
+    assert "Seen in training: 1,024,000 tokens" in text and "no downstream task" in text
+    (tmp_path / "summary.json").write_text(json.dumps(GLUE))
+    assert "Not tested" not in card(tmp_path, name="FastBertForSequenceClassification")

@@ -75,12 +75,12 @@ def test_majority_baseline_answers_the_most_frequent_training_label():
 
 
 def test_unigram_loss_by_hand():
-    train = np.array([[0, 0, 0], [1, 1, 3]])  # add-one counts 4, 3, 1, 2 of 10
+    counts = np.array([3, 2, 0, 1])  # with one more each: 4, 3, 1, 2 of 10
     labels = torch.tensor([[0, -100, 2], [-100, 3, -100]])
     expected = -(math.log(0.4) + math.log(0.1) + math.log(0.2)) / 3
-    assert unigram_loss(train, labels, vocab_size=4) == pytest.approx(expected)
+    assert unigram_loss(counts, labels) == pytest.approx(expected)
     with pytest.raises(ValueError, match="at least one labelled"):
-        unigram_loss(train, torch.full((1, 3), -100), vocab_size=4)
+        unigram_loss(counts, torch.full((1, 3), -100))
 
 
 def test_evaluate_metric_loads_from_its_path_and_agrees(tmp_path):

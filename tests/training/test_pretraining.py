@@ -10,31 +10,10 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, Trainer, TrainingA
 
 import fastbert_hf  # noqa: F401  registers the model with the Auto classes
 from fastbert_hf.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
-from fastbert_hf.training.pretraining import PretrainingArguments, model_config, prepare_data, pretrain
-
-
-def arguments(tiny, output_dir, **changes):
-    """(PretrainingArguments, TrainingArguments) of a run of a few steps; changes go to whichever has the field."""
-    options = {
-        "model_config": str(tiny / "model.yaml"),
-        "tokenizer_name": str(tiny / "tokenizer"),
-        "train_file": [str(tiny / "corpus.txt")],
-        "validation_share": 0.1,
-        "max_seq_length": 16,
-    }
-    training = {
-        "output_dir": str(output_dir),
-        "max_steps": 6,
-        "save_steps": 3,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 0,
-    }
-    for name, value in changes.items():
-        (options if name in PretrainingArguments.__dataclass_fields__ else training)[name] = value
-    return PretrainingArguments(**options), TrainingArguments(**training)
+from fastbert_hf.training.pretraining import pretrain
+from fastbert_hf.training.pretraining_data import prepare_data
+from fastbert_hf.training.pretraining_model import model_config
+from tests.training.runs import arguments
 
 
 @pytest.fixture(scope="module")
@@ -87,19 +66,20 @@ def test_tokens_and_seconds_of_a_resumed_run_cover_the_same_steps(tiny, finished
         shutil.copytree(folder / checkpoint, tmp_path / checkpoint / checkpoint)
         file = tmp_path / checkpoint / checkpoint / "trainer_state.json"
         state = json.loads(file.read_text())
-        assert 0 < state["stateful_callbacks"]["TrainingClock"]["args"]["before"] <= summary["train_seconds"] + 0.1
-        state["stateful_callbacks"]["TrainingClock"]["args"]["before"] = 5000.0
+        clock = state["stateful_callbacks"]["BudgetTrainer"]["args"]["clock"]
+        assert 0 < clock["seconds"] <= summary["train_seconds"] + 0.1
+        clock["seconds"] = 5000.0
         file.write_text(json.dumps(state))
         _, again = pretrain(*arguments(tiny, tmp_path / checkpoint))
         assert again["resumed_from"].endswith(checkpoint)
         assert again["tokens_seen"] == summary["tokens_seen"] and again["train_seconds"] >= 5000.0
     file = tmp_path / "checkpoint-3" / "checkpoint-3" / "trainer_state.json"
     shutil.rmtree(tmp_path / "checkpoint-3" / "checkpoint-6")
-    # A checkpoint of another program has no time, and is none the worse for it.
     state = json.loads(file.read_text())
-    del state["stateful_callbacks"]["TrainingClock"]
+    del state["stateful_callbacks"]["BudgetTrainer"]
     file.write_text(json.dumps(state))
-    assert pretrain(*arguments(tiny, tmp_path / "checkpoint-3"))[1]["train_seconds"] < 5000.0
+    with pytest.raises(ValueError, match="holds no budget clock"):
+        pretrain(*arguments(tiny, tmp_path / "checkpoint-3"))
 
 
 def test_a_checkpoint_of_another_model_is_refused(tiny, finished, tmp_path):
@@ -245,12 +225,12 @@ def test_model_recipes_are_checked_against_configuration_and_tokenizer(tiny):
 def test_held_out_text_is_looked_at_before_the_corpus_is_packed(tiny, tmp_path, monkeypatch):
     read = []
 
-    def documents(files):
+    def documents(files, text_column):
         for file in files:
             read.append(Path(file).name)
             yield from Path(file).read_text().splitlines()
 
-    monkeypatch.setattr("fastbert_hf.training.pretraining.read_documents", documents)
+    monkeypatch.setattr("fastbert_hf.training.pretraining_data.read_documents", documents)
     for text, message in (("river\n", "held-out text is shorter"), ("", "held-out text is empty")):
         (tmp_path / "short.txt").write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -1,0 +1,254 @@
+"""Preparing a corpus: the same bytes every time, from every kind of source, and nothing damaged is accepted."""
+
+import json
+import lzma
+import pickle
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from fastbert_hf.data.cleaning import clean_document
+from fastbert_hf.data.deduplication import SeenDocuments
+from fastbert_hf.data.packing import pack_documents
+from fastbert_hf.data.preparation import PreparationSettings, prepare
+from fastbert_hf.data.prepared import PreparedCorpus, file_digest
+from fastbert_hf.data.sources import HubDataset, LocalFile
+from fastbert_hf.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
+
+WORDS = "the river flows under a stone bridge and the wind sings over grass near cold clouds".split()
+LINES = [" ".join(WORDS[(row * step) % len(WORDS)] for step in range(1, 30 + row % 7)) for row in range(200)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(train_wordpiece(LINES, vocab_size=120), folder)
+    return str(folder)
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join(LINES), encoding="utf-8")
+    return file
+
+
+def settings(tokenizer=None, **changes):
+    options = {"max_seq_length": 16, "validation_share": 0.1, "tokenizer_name": tokenizer, "vocab_size": 120}
+    return PreparationSettings(**options | changes)
+
+
+def ids(folder, split="train"):
+    sequences = PreparedCorpus(folder).sequences(split)
+    return np.stack([sequences.row(row) for row in range(len(sequences))])
+
+
+def test_a_new_tokenizer_and_the_shards_are_the_same_bytes_every_time(text, tmp_path):
+    for name in ("one", "two"):
+        manifest, reused = prepare([LocalFile(text)], [], settings(shard_megabytes=0.002), tmp_path / name)
+        assert not reused and len(manifest["shards"]["train"]) > 3
+    for file in sorted(path for path in (tmp_path / "one").rglob("*") if path.is_file()):
+        assert file.read_bytes() == (tmp_path / "two" / file.relative_to(tmp_path / "one")).read_bytes(), file.name
+    assert not (tmp_path / "one" / ".work").exists()
+
+
+def test_shards_hold_what_packing_in_memory_gives(text, tokenizer, tmp_path):
+    prepare([LocalFile(text)], [LocalFile(text)], settings(tokenizer, shard_megabytes=0.003), tmp_path / "out")
+    expected = pack_documents(LINES, load_tokenizer(tokenizer), 16).input_ids
+    assert np.array_equal(ids(tmp_path / "out"), expected)
+    assert np.array_equal(ids(tmp_path / "out", "validation"), expected)
+    corpus = PreparedCorpus(tmp_path / "out")
+    counts = np.bincount(expected[:, 1:].reshape(-1), minlength=len(corpus.token_counts()))
+    assert np.array_equal(corpus.token_counts(), counts)
+    sequences = corpus.sequences("train")
+    several = sequences.__getitems__([0, len(sequences) - 1, 150])["input_ids"]
+    assert several.tolist() == [expected[0].tolist(), expected[-1].tolist(), expected[150].tolist()]
+    assert pickle.loads(pickle.dumps(sequences))[150]["input_ids"].tolist() == expected[150].tolist()
+    with pytest.raises(IndexError):
+        sequences[len(sequences)]
+    first = datasets.Dataset.from_file(str(tmp_path / "out" / "train-00000.arrow"))
+    assert first[0]["input_ids"] == expected[0].tolist()
+
+
+def compressed(text, tmp_path, kind):
+    rows = [{"text": line, "source": "here"} for line in LINES]
+    file = tmp_path / f"corpus.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+        return file
+    body = text.read_bytes() if "jsonl" not in kind else "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if kind.endswith("xz"):
+        body = lzma.compress(body)
+    elif kind.endswith("zst"):
+        body = pyarrow.compress(body, codec="zstd", asbytes=True)
+    file.write_bytes(body)
+    return file
+
+
+@pytest.mark.parametrize("kind", ["txt.xz", "xz", "txt.zst", "zst", "jsonl", "jsonl.xz", "jsonl.zst", "parquet"])
+def test_every_kind_of_file_gives_the_same_sequences(text, tokenizer, tmp_path, kind):
+    prepare([LocalFile(text)], [], settings(tokenizer), tmp_path / "plain")
+    prepare([LocalFile(compressed(text, tmp_path, kind))], [], settings(tokenizer), tmp_path / "out")
+    assert np.array_equal(ids(tmp_path / "out"), ids(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("kind", ["txt.xz", "txt.zst", "jsonl", "parquet"])
+def test_a_file_that_is_cut_off_is_named(text, tokenizer, tmp_path, kind):
+    file = compressed(text, tmp_path, kind)
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=f"corpus.{kind}"):
+        prepare([LocalFile(file)], [], settings(tokenizer), tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_is_read_streamed_or_not(text, tokenizer, tmp_path, streaming):
+    prepare([LocalFile(text)], [], settings(tokenizer), tmp_path / "plain")
+    (tmp_path / "set").mkdir()
+    compressed(text, tmp_path / "set", "jsonl").rename(tmp_path / "set" / "train.jsonl")
+    source = HubDataset(str(tmp_path / "set"), streaming=streaming, license="cc0-1.0")
+    manifest, _ = prepare([source], [], settings(tokenizer), tmp_path / "out")
+    assert np.array_equal(ids(tmp_path / "out"), ids(tmp_path / "plain"))
+    described = manifest["sources"]["train"][0]
+    assert described["name"] == "set" and described["license"] == "cc0-1.0"
+    assert str(tmp_path) not in json.dumps(manifest["sources"])
+    few = HubDataset(str(tmp_path / "set"), streaming=streaming, max_documents=50)
+    assert prepare([few], [], settings(tokenizer), tmp_path / "few")[0]["counts"]["documents"]["train"] < 51
+    with pytest.raises(ValueError, match="neither a column 'body' nor 'input_ids'; it has text, source"):
+        prepare([HubDataset(str(tmp_path / "set"), text_column="body")], [], settings(tokenizer), tmp_path / "bad")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tokenized_datasets_pass_through(tokenizer, tmp_path, streaming):
+    rows = pack_documents(LINES, load_tokenizer(tokenizer), 16).input_ids
+    (tmp_path / "set").mkdir()
+    table = pyarrow.table({"input_ids": pyarrow.array(rows.tolist())})
+    pyarrow.parquet.write_table(table, tmp_path / "set" / "train.parquet")
+    held = LocalFile(tmp_path / "set" / "train.parquet")
+    source = HubDataset(str(tmp_path / "set"), streaming=streaming)
+    prepare([source], [held], settings(tokenizer), tmp_path / "out")
+    assert np.array_equal(ids(tmp_path / "out"), rows) and np.array_equal(ids(tmp_path / "out", "validation"), rows)
+    with pytest.raises(ValueError, match="sequences of 16 to 16 tokens; max_seq_length is 32"):
+        prepare([source], [held], settings(tokenizer, max_seq_length=32), tmp_path / "long")
+    pyarrow.parquet.write_table(pyarrow.table({"input_ids": [[9999] * 16]}), tmp_path / "set" / "train.parquet")
+    with pytest.raises(ValueError, match="token ids from 9999 to 9999; the tokenizer has"):
+        prepare([held], [held], settings(tokenizer), tmp_path / "ids")
+
+
+def test_tokenized_data_needs_its_tokenizer_and_its_own_held_out_part(tokenizer, tmp_path):
+    file = tmp_path / "ids.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"input_ids": [[7] * 16]}), file)
+    with pytest.raises(ValueError, match="tokenized already: name its tokenizer"):
+        prepare([LocalFile(file)], [LocalFile(file)], settings(), tmp_path / "out")
+    with pytest.raises(ValueError, match="tokenized already: name a held-out"):
+        prepare([LocalFile(file)], [], settings(tokenizer), tmp_path / "out")
+    (tmp_path / "text.txt").write_text("river\n")
+    with pytest.raises(ValueError, match="either text or tokenized"):
+        both = [LocalFile(file), LocalFile(tmp_path / "text.txt")]
+        prepare(both, [LocalFile(file)], settings(tokenizer), tmp_path / "out")
+
+
+def test_a_prepared_corpus_is_reused_only_for_the_same_text_and_settings(text, tokenizer, tmp_path):
+    first, _ = prepare([LocalFile(text)], [], settings(tokenizer), tmp_path / "out")
+    again, reused = prepare([LocalFile(text)], [], settings(tokenizer), tmp_path / "out")
+    assert reused and again == first
+    with pytest.raises(ValueError, match="other text or settings"):
+        prepare([LocalFile(text)], [], settings(tokenizer, deduplicate=True), tmp_path / "out")
+    text.write_text("\n".join(LINES[:-1]), encoding="utf-8")
+    with pytest.raises(ValueError, match="other text or settings"):
+        prepare([LocalFile(text)], [], settings(tokenizer), tmp_path / "out")
+    text.write_text("\n".join(LINES), encoding="utf-8")
+    (tmp_path / "out" / "train-00000.arrow").unlink()
+    repaired, reused = prepare([LocalFile(text)], [], settings(tokenizer), tmp_path / "out")
+    assert not reused and repaired == first
+
+
+def test_missing_cut_off_and_changed_shards_are_refused_by_name(text, tokenizer, tmp_path):
+    prepare([LocalFile(text)], [], settings(tokenizer), tmp_path / "out")
+    shard = tmp_path / "out" / "train-00000.arrow"
+    whole = shard.read_bytes()
+    middle = len(whole) // 2
+    changed = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    shard.write_bytes(changed)
+    with pytest.raises(ValueError, match=r"train-00000\.arrow has changed"):
+        PreparedCorpus(tmp_path / "out")
+    shard.write_bytes(whole[:-8])
+    for verify in (True, False):
+        with pytest.raises(ValueError, match=r"train-00000\.arrow has \d+ bytes instead of"):
+            PreparedCorpus(tmp_path / "out", verify)
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"train-00000\.arrow is missing"):
+        PreparedCorpus(tmp_path / "out", verify=False)
+    (tmp_path / "out" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="preparation was interrupted"):
+        PreparedCorpus(tmp_path / "out")
+
+
+def test_duplicates_leave_the_training_text_and_held_out_documents_leave_it_too(tokenizer, tmp_path):
+    (tmp_path / "train.txt").write_text("\n".join([LINES[0], LINES[1], LINES[0].upper(), LINES[2]]))
+    (tmp_path / "held.txt").write_text(LINES[2] + "\n")
+    sources = [LocalFile(tmp_path / "train.txt")], [LocalFile(tmp_path / "held.txt")]
+    manifest, _ = prepare(*sources, settings(tokenizer, deduplicate=True), tmp_path / "out")
+    assert manifest["counts"]["documents"] == {"train": 2, "validation": 1}
+    assert manifest["counts"]["dropped_as_duplicates"] == 2
+    expected = pack_documents(LINES[:2], load_tokenizer(tokenizer), 16).input_ids
+    assert np.array_equal(ids(tmp_path / "out"), expected)
+    manifest, _ = prepare(*sources, settings(tokenizer), tmp_path / "all")
+    assert manifest["counts"]["documents"]["train"] == 4
+
+
+def test_digests_live_on_disk(tmp_path):
+    seen = SeenDocuments(tmp_path / "seen.sqlite")
+    assert [seen.add(text) for text in ("a b", "A  b", "c", "a b")] == [True, False, True, False]
+    seen.close()
+    assert (tmp_path / "seen.sqlite").stat().st_size > 0
+    with pytest.raises(ValueError, match="cannot be compared"):
+        SeenDocuments(tmp_path / "absent" / "seen.sqlite")
+
+
+def test_cleaning_keeps_prose_and_drops_tables_and_scraps():
+    prose = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 4
+    assert clean_document(f"\ufeff{prose}\x07\n\n {prose}") == f"{prose} {prose}".replace("  ", " ").strip()
+    assert clean_document("Cafe\u0301 " + prose).startswith("Caf\u00e9 ")
+    assert clean_document("too short") is None
+    assert clean_document("12.5 | 13.7 | 0x7f | " * 40) is None
+
+
+def test_cleaning_is_counted(tokenizer, tmp_path):
+    prose = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 4
+    (tmp_path / "text.txt").write_text(f"{prose}\nshort\n{prose} again\n")
+    held = LocalFile(tmp_path / "text.txt")
+    manifest, _ = prepare([held], [held], settings(tokenizer, clean=True), tmp_path / "out")
+    assert manifest["counts"]["dropped_by_cleaning"] == 2  # once in each split
+    assert manifest["counts"]["documents"] == {"train": 2, "validation": 2}
+
+
+def test_text_too_short_for_one_sequence_is_refused(tokenizer, tmp_path):
+    (tmp_path / "text.txt").write_text("river\n")
+    held = LocalFile(tmp_path / "text.txt")
+    with pytest.raises(ValueError, match=r"corpus is empty.*1 documents"):
+        prepare([held], [held], settings(tokenizer), tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_the_tokenizer_sees_only_the_declared_part_of_every_source(tmp_path, monkeypatch):
+    for name, line in (("one", LINES[0]), ("two", LINES[1])):
+        (tmp_path / f"{name}.txt").write_text("\n".join([line] * 100))
+    taken = []
+
+    def train(documents, *args, **options):
+        taken.extend(documents)
+        return train_wordpiece(documents, *args, **options)
+
+    monkeypatch.setattr("fastbert_hf.data.preparation.train_wordpiece", train)
+    sources = [LocalFile(tmp_path / "one.txt"), LocalFile(tmp_path / "two.txt")]
+    held = [LocalFile(tmp_path / "one.txt")]
+    prepare(sources, held, settings(tokenizer_megabytes=0.004), tmp_path / "out")
+    sizes = [sum(len(text) for text in taken if text in line) for line in (LINES[0], LINES[1])]
+    assert all(1990 <= size <= 2000 for size in sizes)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["settings"]["tokenizer_megabytes"] == 0.004
+    assert manifest["tokenizer_sha256"] == file_digest(tmp_path / "out" / "tokenizer" / "tokenizer.json")

@@ -1,0 +1,37 @@
+"""Pretraining runs of a few steps, for tests."""
+
+import json
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from fastbert_hf.training.pretraining import PretrainingArguments
+
+
+def arguments(tiny, output_dir, **changes):
+    """(PretrainingArguments, TrainingArguments) of a run of a few steps; changes go to whichever has the field."""
+    options = {
+        "model_config": str(tiny / "model.yaml"),
+        "tokenizer_name": str(tiny / "tokenizer"),
+        "train_file": [str(tiny / "corpus.txt")],
+        "validation_share": 0.1,
+        "max_seq_length": 16,
+    }
+    training = {
+        "output_dir": str(output_dir),
+        "max_steps": 6,
+        "save_steps": 3,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 0,
+    }
+    for name, value in changes.items():
+        (options if name in PretrainingArguments.__dataclass_fields__ else training)[name] = value
+    return PretrainingArguments(**options), TrainingArguments(**training)
+
+
+def losses(folder: Path) -> list[float]:
+    """Every loss that a finished run logged."""
+    return [entry["loss"] for entry in json.loads((folder / "history.json").read_text()) if "loss" in entry]

@@ -95,3 +95,32 @@ def plot_tree_usage(path: Path, usage: Sequence[dict[str, Any]]) -> None:
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
     figure.colorbar(image, label="nodes visited")
     figure.savefig(path, dpi=120)
+
+
+def plot_curves(path: Path, lines: dict[str, list[list[tuple[float, float]]]], xlabel: str, ylabel: str) -> None:
+    """Draw several runs of several models, one colour a model.
+
+    Args:
+        path: the PNG.
+        lines: name -> runs -> points (x, y).
+        xlabel: what x is.
+        ylabel: what y is.
+    """
+    drawing = _new_figure(6.5, 4.5)
+    if drawing is None:
+        return
+    figure, axes = drawing
+    for number, (name, runs) in enumerate(lines.items()):
+        for run, points in enumerate(runs):
+            axes.plot(
+                *zip(*points),
+                color=f"C{number}",
+                label=None if run else name,
+                marker="o",
+                markersize=2.5,
+                linewidth=1,
+            )
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

@@ -1,5 +1,6 @@
 """Masked-language-model pretraining: text, a model recipe and a budget in, a model folder and a summary out."""
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,13 @@ from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.training.budget import UNITS, BudgetClock
 from fastbert_hf.training.budget_trainer import BudgetTrainer
 from fastbert_hf.training.checkpoints import check_checkpoint, find_checkpoint, remove_checkpoints
-from fastbert_hf.training.pretraining_data import CorpusArguments, PretrainingData, check_corpus, prepare_data
+from fastbert_hf.training.pretraining_data import (
+    CorpusArguments,
+    PretrainingData,
+    check_corpus,
+    prepare_beside,
+    prepare_data,
+)
 from fastbert_hf.training.pretraining_model import build_model
 from fastbert_hf.training.pretraining_report import write_pretraining_report
 from fastbert_hf.training.progress import show_budget
@@ -80,8 +87,6 @@ class PretrainingArguments(CorpusArguments):
 def _check(options: PretrainingArguments, args: TrainingArguments) -> None:
     if (options.model_config is None) == (options.model_name_or_path is None):
         raise ValueError("exactly one of --model_config and --model_name_or_path is wanted")
-    if options.tokenizer_name is None and options.model_name_or_path is None and options.corpus is None:
-        raise ValueError("--tokenizer_name is missing; scripts/train_tokenizer.py makes a tokenizer")
     check_probability(options.mlm_probability)
     if options.schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {options.schedule!r}")
@@ -186,6 +191,10 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     _check(options, args)
     check_push(args)
     checkpoint = find_checkpoint(args, options.overwrite_output_dir)
+    if options.tokenizer_name is None and options.model_name_or_path is None and options.corpus is None:
+        with args.main_process_first(local=False, desc="preparing the corpus"):
+            folder = prepare_beside(options, args.output_dir, not args.disable_tqdm)
+        options = dataclasses.replace(options, corpus=folder, train_file=[], validation_file=[])
     tokenizer = _tokenizer(options)
     quiet_host(args)
     if options.mixed_precision:

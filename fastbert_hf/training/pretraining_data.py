@@ -1,6 +1,7 @@
 """What pretraining feeds to the model: a prepared corpus, or text files that are packed in memory."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +10,9 @@ from torch.utils.data import Dataset
 from fastbert_hf.data.corpus import check_corpus_files, read_documents, split_documents
 from fastbert_hf.data.masking import MaskedLanguageModelCollator, MaskedSequences
 from fastbert_hf.data.packing import PackedSequences, pack_documents
+from fastbert_hf.data.preparation import PreparationSettings, prepare
 from fastbert_hf.data.prepared import PreparedCorpus
+from fastbert_hf.data.sources import LocalFile
 from fastbert_hf.training.metrics import unigram_loss
 
 if TYPE_CHECKING:
@@ -23,7 +26,11 @@ class CorpusArguments:
     corpus: str | None = field(default=None, metadata={"help": "folder that scripts/prepare_corpus.py made"})
     verify_corpus: bool = field(default=True, metadata={"help": "compare its files with their SHA-256 at the start"})
     train_file: list[str] = field(
-        default_factory=list, metadata={"help": "in place of corpus: text files, packed in memory at every start"}
+        default_factory=list,
+        metadata={
+            "help": "in place of corpus: text files; with a tokenizer packed in memory at every start, without one "
+            "prepared once in OUTPUT_DIR-corpus"
+        },
     )
     validation_file: list[str] = field(
         default_factory=list, metadata={"help": "held-out text files; without them part of train_file is held out"}
@@ -32,6 +39,10 @@ class CorpusArguments:
         default=0.02, metadata={"help": "part of the documents held out where no validation_file is given"}
     )
     text_column: str = field(default="text", metadata={"help": "field of .jsonl and .parquet files with the text"})
+    vocab_size: int = field(
+        default=32768,
+        metadata={"help": "entries of the tokenizer that is trained where train_file comes alone"},
+    )
     max_eval_samples: int = field(default=512, metadata={"help": "held-out sequences used at most"})
     max_seq_length: int = field(default=128, metadata={"help": "tokens per packed sequence"})
     mlm_probability: float = field(default=0.25, metadata={"help": "share of positions to predict"})
@@ -76,6 +87,30 @@ def check_corpus(options: CorpusArguments) -> None:
     check_corpus_files(options.train_file)
     if options.validation_file:
         check_corpus_files(options.validation_file)
+
+
+def prepare_beside(options: CorpusArguments, output_dir: str, progress: bool) -> str:
+    """Prepare text files, with a tokenizer of their own, beside the run's folder; later starts find it there.
+
+    Args:
+        options: `train_file`, `validation_file` and how to split and tokenize.
+        output_dir: the run's folder.
+        progress: show progress bars.
+
+    Returns:
+        The corpus's folder, OUTPUT_DIR-corpus: what is pushed or copied of a run is then not its text.
+    """
+    run = Path(output_dir).absolute()
+    folder = run.with_name(f"{run.name}-corpus")
+    train, held_out = (
+        [LocalFile(Path(name), options.text_column) for name in names]
+        for names in (options.train_file, options.validation_file)
+    )
+    settings = PreparationSettings(
+        options.max_seq_length, options.validation_share, vocab_size=options.vocab_size, deduplicate=True
+    )
+    prepare(train, held_out, settings, folder, progress)
+    return str(folder)
 
 
 def prepare_data(

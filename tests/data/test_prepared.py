@@ -18,7 +18,8 @@ from fastbert_hf.data.prepared import PreparedCorpus, file_digest
 from fastbert_hf.data.sources import HubDataset, LocalFile
 from fastbert_hf.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
 
-WORDS = "the river flows under a stone bridge and the wind sings over grass near cold clouds".split()
+SENTENCE = "the river flows under a stone bridge and the wind sings over grass near cold clouds"
+WORDS = SENTENCE.split()
 LINES = [" ".join(WORDS[(row * step) % len(WORDS)] for step in range(1, 30 + row % 7)) for row in range(200)]
 
 

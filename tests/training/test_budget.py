@@ -56,7 +56,7 @@ def microbatches(count, start=0, **options):
 
 def test_every_epoch_has_each_sequence_once_at_most_and_an_order_of_its_own():
     parts = microbatches(9)
-    epochs = [sum(parts[start : start + 3], []) for start in (0, 3, 6)]
+    epochs = [list(itertools.chain(*parts[start : start + 3])) for start in (0, 3, 6)]
     for epoch in epochs:
         assert len(epoch) == len(set(epoch)) == 9  # the tenth does not fill a microbatch
     assert len({tuple(epoch) for epoch in epochs}) == 3

@@ -159,7 +159,6 @@ def test_accumulated_batches_count_as_one_step(tiny, tmp_path):
         ({"model_config": None}, "exactly one of"),
         ({"model_name_or_path": "x"}, "exactly one of"),
         ({"model_config": "absent.yaml"}, "absent.yaml"),
-        ({"tokenizer_name": None}, "--tokenizer_name is missing"),
         ({"tokenizer_name": "absent-tokenizer"}, "absent-tokenizer"),
         ({"train_file": []}, "no corpus file"),
         ({"train_file": ["absent.txt"]}, "absent.txt"),

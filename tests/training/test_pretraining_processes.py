@@ -66,12 +66,8 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(tiny, uninterru
     out = tmp_path / "out"
     kills = 0
     for wanted in (8, 24):
-        process = subprocess.Popen(
-            [sys.executable, *command(tiny, out, 4)],
-            env=ENVIRONMENT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen([sys.executable, *command(tiny, out, 4)], env=ENVIRONMENT, **quiet)
         try:
             deadline = time.monotonic() + 200
             while process.poll() is None and not any(
@@ -84,7 +80,6 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(tiny, uninterru
                 kills += process.wait(timeout=60) == -signal.SIGKILL
         finally:
             process.kill()
-            process.stderr.close()
             process.wait()
         assert not (out / "summary.json").exists()
     assert kills == 2

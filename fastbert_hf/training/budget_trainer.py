@@ -18,6 +18,8 @@ from fastbert_hf.training.checkpoints import STATE, last_checkpoint, remove_unfi
 
 logger = logging.getLogger(__name__)
 
+COUNTERS = ("microbatches", "skipped_steps", "rollbacks")  # what a checkpoint holds beside the clock
+
 
 class BudgetTrainer(Trainer):
     """A Trainer whose learning rate, batch size and end follow a clock, not a number of steps.
@@ -62,6 +64,8 @@ class BudgetTrainer(Trainer):
         self._last_step_good = True
         self._seconds_before = 0.0
         self._stage: Path | None = None
+        self._resume_began: float | None = None
+        self.resume_seconds: float | None = None  # from the decision to resume until training goes on
         self.args.ignore_data_skip = True  # the order itself begins at the right place
         self.add_callback(_Pace(self))
 
@@ -72,14 +76,21 @@ class BudgetTrainer(Trainer):
             checkpoint: its folder.
 
         Raises:
-            ValueError: it was not written by this class.
+            ValueError: it was not written by this class, or for other data or microbatches.
         """
+        self._resume_began = time.perf_counter()
         state = TrainerState.load_from_json(str(Path(checkpoint) / STATE)).stateful_callbacks or {}
         stored = state.get(type(self).__name__, {}).get("args")
         if stored is None:
             raise ValueError(f"{checkpoint!r} holds no budget clock: it was not written by a pretraining run")
+        for name, here in self._place().items():
+            if stored[name] != here:
+                raise ValueError(
+                    f"{checkpoint!r} was made with {name} {stored[name]}, this run has {here}: the place in the data "
+                    "would be another one; choose another output_dir"
+                )
         self.clock.load(stored["clock"])
-        for name in ("microbatches", "skipped_steps", "rollbacks"):
+        for name in COUNTERS:
             setattr(self, name, stored[name])
 
     def take_over(self, checkpoint: str) -> None:
@@ -94,9 +105,16 @@ class BudgetTrainer(Trainer):
 
     def record(self) -> None:
         """Put clock and place where the Trainer's state stores them, in the form it knows."""
-        names = ("microbatches", "skipped_steps", "rollbacks")
-        stored = {"clock": self.clock.state(), **{name: getattr(self, name) for name in names}}
+        stored = {"clock": self.clock.state(), **self._place(), **{name: getattr(self, name) for name in COUNTERS}}
         self.state.stateful_callbacks[type(self).__name__] = {"args": stored, "attributes": {}}
+
+    def _place(self) -> dict[str, int]:
+        """What the number of microbatches is counted in, apart from how many processes there are."""
+        return {
+            "per_device_train_batch_size": self.args.train_batch_size,
+            "train_sequences": len(self.train_dataset),
+            "data_seed": self.args.data_seed or self.args.seed,
+        }
 
     # ---- data and batch size
 
@@ -104,9 +122,12 @@ class BudgetTrainer(Trainer):
         """Microbatches without end, from the place where the run stands."""
         args = self.args
         order = MicrobatchOrder(
-            len(self.train_dataset), args.train_batch_size, args.data_seed or args.seed, args.process_index,
+            len(self.train_dataset),
+            args.train_batch_size,
+            args.data_seed or args.seed,
+            args.process_index,
             args.world_size,
-        )  # fmt: skip
+        )
         order.start = self.microbatches
         workers = args.dataloader_num_workers
         return DataLoader(
@@ -227,6 +248,12 @@ class BudgetTrainer(Trainer):
             finally:
                 self._stage = None
 
+        if args.push_to_hub:
+            super()._push_from_checkpoint(str(Path(args.output_dir) / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Nothing is uploaded while a checkpoint is being written: its files are about to get another name."""
+
     # ---- what is logged
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -264,6 +291,8 @@ class _Pace(TrainerCallback):
         self.last_save = self.trainer.clock.spent.seconds
         self.evaluated = int(self.trainer.clock.share * self.trainer.evaluations)
         self.trainer.data_seconds, self.trainer._seconds_before = 0.0, self.last_save
+        if self.trainer._resume_began is not None:
+            self.trainer.resume_seconds = round(time.perf_counter() - self.trainer._resume_began, 2)
         self.trainer.clock.start()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
@@ -285,7 +314,7 @@ class _Pace(TrainerCallback):
         if clock.share >= 1:
             control.should_training_stop = True
             control.should_log = True
-            control.should_save = control.should_save or str(args.save_strategy) != "no"
+            control.should_save = control.should_save or args.save_strategy != "no" or trainer.save_minutes > 0
 
     def on_save(self, args, state, control, **kwargs):
         """The next one is due this long after the last."""

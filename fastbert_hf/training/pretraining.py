@@ -54,8 +54,8 @@ class PretrainingArguments(CorpusArguments):
     schedule: str = field(
         default="triangle",
         metadata={
-            "help": "learning rate: triangle (25 % at the start, peak at 75 % of the budget, 0 at its end) or "
-            "trainer (--lr_scheduler_type, for --max_steps only)"
+            "help": "learning rate: triangle (a quarter of the peak at the start, the peak at three quarters of the "
+            "budget, zero at its end) or trainer (--lr_scheduler_type, for --max_steps only)"
         },
     )
     batch_size: int | None = field(

@@ -49,6 +49,7 @@ def write_pretraining_report(
         "skipped_steps": trainer.skipped_steps,
         "rollbacks": trainer.rollbacks,
         "resumed_from": results["resumed_from"],
+        "resume_seconds": trainer.resume_seconds,
         "budget": {clock.unit: clock.amount},
         "train_tokens": data.train_tokens,
         "validation_sequences": len(data.validation),

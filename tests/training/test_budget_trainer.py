@@ -55,6 +55,7 @@ def test_a_resumed_run_repeats_the_losses_bit_for_bit(tiny, finished, tmp_path):
         assert losses(out) == losses(folder)
         assert again["validation_loss"] == summary["validation_loss"]
         assert again["tokens_seen"] == summary["tokens_seen"] and again["resumed_from"].endswith(f"-{stop}")
+        assert again["resume_seconds"] > 0 and summary["resume_seconds"] is None
 
 
 def test_a_finished_run_is_reported_again_without_training(tiny, finished, tmp_path):
@@ -63,6 +64,18 @@ def test_a_finished_run_is_reported_again_without_training(tiny, finished, tmp_p
     shutil.copytree(last, tmp_path / last.name)
     _, again = pretrain(*arguments(tiny, tmp_path, **changes))
     assert again["validation_loss"] == summary["validation_loss"] and again["steps"] == summary["steps"]
+
+
+def test_another_batch_or_seed_does_not_go_on_from_a_checkpoint(tiny, finished, tmp_path):
+    folder, _, changes = finished
+    shutil.copytree(folder / "checkpoint-4", tmp_path / "checkpoint-4")
+    for other, message in (
+        ({"per_device_train_batch_size": 2}, "per_device_train_batch_size 4, this run has 2"),
+        ({"seed": 3}, "data_seed 0, this run has 3"),
+        ({"validation_share": 0.5}, "train_sequences 238, this run has"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pretrain(*arguments(tiny, tmp_path, **{**changes, **other}))
 
 
 def test_the_folder_tells_what_happened(finished):

@@ -185,6 +185,13 @@ class BudgetTrainer(Trainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """What is loaded holds the rate of the budget that the checkpoint was made under; this run's may be another."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.follows_clock and checkpoint is not None:
+            for group, peak in zip(self.optimizer.param_groups, self.lr_scheduler.base_lrs):
+                group["lr"] = peak * triangle(self.clock.share)
+
     # ---- steps that are not finite
 
     def _get_grad_norm(self, model, grad_norm=None):

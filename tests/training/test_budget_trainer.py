@@ -66,6 +66,17 @@ def test_a_finished_run_is_reported_again_without_training(tiny, finished, tmp_p
     assert again["validation_loss"] == summary["validation_loss"] and again["steps"] == summary["steps"]
 
 
+def test_a_longer_budget_goes_on_at_its_own_rate(tiny, finished, tmp_path):
+    folder, _, changes = finished
+    shutil.copytree(folder / "checkpoint-8", tmp_path / "checkpoint-8")
+    state = json.loads((folder / "checkpoint-8" / "trainer_state.json").read_text())
+    spent = state["stateful_callbacks"]["BudgetTrainer"]["args"]["clock"]["tokens"]
+    pretrain(*arguments(tiny, tmp_path, **{**changes, "budget_tokens": 4 * spent}))
+    entries = [entry for entry in json.loads((tmp_path / "history.json").read_text()) if "loss" in entry]
+    assert entries[8]["step"] == 9
+    assert entries[8]["learning_rate"] == pytest.approx(1e-2 * triangle(0.25), rel=1e-6)
+
+
 def test_another_batch_or_seed_does_not_go_on_from_a_checkpoint(tiny, finished, tmp_path):
     folder, _, changes = finished
     shutil.copytree(folder / "checkpoint-4", tmp_path / "checkpoint-4")

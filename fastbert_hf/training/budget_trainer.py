@@ -186,11 +186,13 @@ class BudgetTrainer(Trainer):
         return self.lr_scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        """What is loaded holds the rate of the budget that the checkpoint was made under; this run's may be another."""
+        """Load them; the rate that they hold is that of the checkpoint's budget, and this run's may be another."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.follows_clock and checkpoint is not None:
-            for group, peak in zip(self.optimizer.param_groups, self.lr_scheduler.base_lrs):
-                group["lr"] = peak * triangle(self.clock.share)
+            rates = [peak * triangle(self.clock.share) for peak in self.lr_scheduler.base_lrs]
+            for group, rate in zip(self.optimizer.param_groups, rates):
+                group["lr"] = rate
+            self.lr_scheduler._last_lr = rates  # what the log shows
 
     # ---- steps that are not finite
 

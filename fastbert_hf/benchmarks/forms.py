@@ -20,6 +20,24 @@ def dense_bmm(x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor)
     return torch.bmm(F.gelu(logits).unsqueeze(1), weight_out.expand(rows, -1, -1)).squeeze(1)
 
 
+def mixture_of_experts(x: Tensor, router: Tensor, weight_in: Tensor, weight_out: Tensor) -> Tensor:
+    """One expert a token by grouped matrix products: the other way to use few of many neurons.
+
+    Args:
+        x: (N, H). router: (E, H). weight_in: (E, H, w). weight_out: (E, w, H). Neurons in all: E * w, used: w.
+
+    Returns:
+        (N, H). The weight of the only expert is 1, so that the router gets no gradient, as a tree's decisions do not.
+    """
+    with torch.no_grad():
+        expert = F.linear(x, router).argmax(dim=-1)  # (N,)
+        expert, order = torch.sort(expert, stable=True)
+        ends = torch.searchsorted(expert, torch.arange(router.shape[0], device=x.device), right=True)
+        place = torch.argsort(order)
+    hidden = F.gelu(F.grouped_mm(x[order], weight_in, offs=ends.to(torch.int32)))  # (N, w), sorted by expert
+    return F.grouped_mm(hidden, weight_out, offs=ends.to(torch.int32))[place]
+
+
 def dense_and_mask(
     x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, trees: int, depth: int
 ) -> Tensor:

@@ -1,11 +1,14 @@
 """The same layer on a GPU: timed by events, against cuBLAS, with the card's own ceilings, and peak memory."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fastbert_hf.benchmarks import forms, layer
+from fastbert_hf.benchmarks import forms, layer, models
 from fastbert_hf.benchmarks.memory import MemoryRow
 from fastbert_hf.benchmarks.rows import Row, make_rows
 from fastbert_hf.benchmarks.timing import Stopwatch, interleaved, wall_seconds
@@ -66,15 +69,100 @@ def forward_rows(tokens: int, dtype: torch.dtype, ceilings: dict, device: str = 
     )
 
 
+def experts_for(problem: layer.LayerProblem) -> tuple[Tensor, Tensor, Tensor]:
+    """Router (E, H), weights (E, H, w) and (E, w, H): as many neurons as the trees; w = 16, the least a GPU takes."""
+    neurons, width = problem.layer.weight_in.shape
+    active = 16
+    experts = max(1, (neurons + 1) // active)
+    generator = torch.Generator().manual_seed(2)
+    shapes = ((experts, width), (experts, width, active), (experts, active, width))
+    return tuple(torch.randn(shape, generator=generator).mul_(0.02).to(problem.x) for shape in shapes)
+
+
+def experts_match(x: Tensor, router: Tensor, weight_in: Tensor, weight_out: Tensor, y: Tensor) -> str:
+    """Whether y (N, H) is what one expert after the other gives."""
+    expert = torch.nn.functional.linear(x, router).argmax(-1)
+    expected = torch.empty_like(y)
+    for number in expert.unique().tolist():
+        rows = expert == number
+        expected[rows] = torch.nn.functional.gelu(x[rows] @ weight_in[number]) @ weight_out[number]
+    return layer.verdict(y, expected)
+
+
+def expert_rows(tokens: int, dtype: torch.dtype, device: str = "cuda", depth: int = 11) -> list[Row]:
+    """Forward of the trees against a mixture of experts by grouped products: as many neurons, about as many used."""
+    problem = make_problem(tokens, dtype, device, depth)
+    weights = experts_for(problem)
+    functions: dict[str, Callable[[Tensor], Tensor]] = {"mixture": lambda x: forms.mixture_of_experts(x, *weights)}
+    if device == "cuda":
+        functions["mixture compiled"] = layer.compiled(functions["mixture"])
+    entries, matches = {}, {}
+    with torch.inference_mode():
+        for name, function in functions.items():
+            entry = f"{name} (function call)"
+            entries[entry] = lambda function=function: function(problem.x)
+            matches[entry] = experts_match(problem.x, *weights, function(problem.x))
+        for name in layer.backends_for(problem.layer, problem.x):
+            entries[f"{name} (module call)"] = lambda: problem.layer(problem.x)
+        around = layer.backends_around(entries)
+        matches |= layer.checked(problem, {name: entries[name] for name in around}, tokens, around)
+        timings = interleaved(entries, around=around, stopwatch=stopwatch_for(device))
+    baseline = min((name for name in timings if name.startswith("mixture")), key=lambda name: timings[name].median)
+    return make_rows(
+        timings,
+        baseline,
+        matches,
+        section="gpu forward, against experts",
+        case=f"1x{depth}",
+        tokens=tokens,
+        threads=torch.get_num_threads(),
+        dtype=str(dtype).removeprefix("torch."),
+        inputs="balanced",
+    )
+
+
 def training_rows(tokens: int, dtype: torch.dtype, device: str = "cuda", depth: int = 11) -> list[Row]:
-    """Forward and backward with all gradients, against dense-and-mask and plain dense."""
+    """Forward and backward with all gradients, against dense and dense-and-mask, compiled too, and experts."""
+    problem = make_problem(tokens, dtype, device, depth)
+    leaves = [problem.x.clone().requires_grad_(), *(weight.requires_grad_() for weight in experts_for(problem))]
+    grad_y = torch.ones_like(problem.x)
+
+    def experts() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(forms.mixture_of_experts(*leaves), [leaves[0], *leaves[2:]], grad_y)
+
+    more = {}
+    if device == "cuda":
+        torch._dynamo.reset()
+        masked = partial(forms.dense_and_mask, trees=problem.layer.trees, depth=depth)
+        more = {"dense compiled": layer.compiled(forms.dense), "dense-and-mask compiled": layer.compiled(masked)}
     return layer.training_rows(
         tokens,
         torch.get_num_threads(),
-        problem=make_problem(tokens, dtype, device, depth),
+        problem=problem,
         section="gpu forward and backward",
+        more_forms=more,
+        other_steps={"mixture": experts},
         stopwatch=stopwatch_for(device),
     )
+
+
+def model_rows(device: str = "cuda", batch: int = 128, tokens: int = 128, layers: int = 16) -> Iterator[list[Row]]:
+    """The published geometry in bfloat16, compiled: inference, and a training step with float32 weights."""
+    place = models.Place(device, torch.bfloat16, compile=device == "cuda", stopwatch=stopwatch_for(device))
+    threads = torch.get_num_threads()
+    yield models.inference_rows(batch, tokens, threads, layers=layers, place=place)
+    yield models.training_rows(batch, tokens, threads, layers=layers, place=place)
+
+
+@contextmanager
+def tf32_products() -> Iterator[None]:
+    """float32 products of torch, and those of kernels that follow its setting, on tensor cores."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def graph_rows(tokens: int, dtype: torch.dtype) -> list[Row]:
@@ -138,16 +226,24 @@ def _with_backend(name: str, call: Callable[[], Tensor]) -> Tensor:
         return call()
 
 
-def gpu_rows(device: str = "cuda", sizes: tuple[int, ...] = (1, 128, 1024, 16384)) -> Iterator[list[Row]]:
+def gpu_rows(
+    device: str = "cuda", sizes: tuple[int, ...] = (1, 128, 1024, 16384), batch: int = 128, layers: int = 16
+) -> Iterator[list[Row]]:
     """Every group of rows; on another device than a GPU those that need none."""
-    depth = 11 if device == "cuda" else 3
+    depth = 11 if device == "cuda" else 5
     measured = gpu_ceilings(device, 8192 if device == "cuda" else 64)
     for dtype in DTYPES:
         flops = "bfloat16_flops_per_second" if dtype == torch.bfloat16 else "flops_per_second"
-        ceilings = {**measured, "flops_per_second": measured[flops]}
+        ceilings = {**measured, "flops_per_second": measured[flops], "dtype": dtype}
         for tokens in sizes:
             yield forward_rows(tokens, dtype, ceilings, device, depth)
+        yield expert_rows(max(sizes), dtype, device, depth)
         yield training_rows(max(sizes), dtype, device, depth)
+    with tf32_products():
+        rows = forward_rows(max(sizes), torch.float32, {**ceilings, "dtype": None}, device, depth)
+        rows += training_rows(max(sizes), torch.float32, device, depth)
+        yield [replace(row, dtype="float32, TF32 products") for row in rows]
     if device == "cuda":
         for tokens in (1, 128):
             yield graph_rows(tokens, torch.bfloat16)
+    yield from model_rows(device, batch, 128 if device == "cuda" else 8, layers)

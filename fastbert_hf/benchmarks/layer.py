@@ -221,6 +221,7 @@ def forward_rows(
     Args:
         tokens: N; with N = 1 every call gets a fresh token out of 4096.
         threads: threads of torch and the kernels.
+        ceilings: the machine's "bytes_per_second" and "flops_per_second", the latter for "dtype" (float32).
         problem: another layer and its inputs than this function makes, on any device.
         stopwatch: as for `interleaved`.
     """
@@ -241,8 +242,9 @@ def forward_rows(
     one = LayerProblem(problem.layer, problem.x[:1]) if tokens == 1 else problem
     trees_bound, dense_bound = one.bound_seconds(ceilings), one.dense_bound_seconds(ceilings)
     bounds = {name: dense_bound if name.startswith("dense") else trees_bound for name in timings}
-    if problem.x.dtype != torch.float32:
-        bounds = {}  # the ceilings are those of float32
+    if problem.x.dtype != ceilings.get("dtype", torch.float32):
+        bounds = {}
+    bounds = {name: bound for name, bound in bounds.items() if not name.startswith("mixture")}
     return make_rows(
         timings,
         baseline,
@@ -257,6 +259,18 @@ def forward_rows(
     )
 
 
+def training_step(
+    function: Callable[..., Tensor], leaves: list[Tensor], grad_y: Tensor
+) -> Callable[[], tuple[Tensor, ...]]:
+    """A call that gives the function's output and the gradients of its arguments."""
+
+    def step() -> tuple[Tensor, ...]:
+        y = function(*leaves)
+        return (y, *torch.autograd.grad(y, leaves, grad_y))
+
+    return step
+
+
 def training_rows(
     tokens: int,
     threads: int,
@@ -265,26 +279,29 @@ def training_rows(
     trees: int = 1,
     problem: LayerProblem | None = None,
     section: str = "forward and backward",
+    more_forms: dict[str, Callable[..., Tensor]] | None = None,
+    other_steps: dict[str, Callable[[], object]] | None = None,
     stopwatch: Stopwatch = wall_seconds,
 ) -> list[Row]:
-    """Forward and backward, gradients of input and parameters, against dense-and-mask and against plain dense."""
+    """Forward and backward, gradients of input and parameters, against dense-and-mask and against plain dense.
+
+    Args:
+        tokens, threads, rounds, depth, trees, problem, section, stopwatch: as for `forward_rows`.
+        more_forms: further functions of (x, weight_in, bias_in, weight_out), by name.
+        other_steps: whole steps of something else to time beside them, by name.
+    """
     torch.set_num_threads(threads)
     problem = problem or LayerProblem(make_layer(depth, trees), make_inputs(tokens))
     layer, trees, depth = problem.layer, problem.layer.trees, problem.layer.depth
     leaves = [problem.x.clone().requires_grad_(), *(p.clone().requires_grad_() for p in problem.parameters)]
     grad_y = torch.randn_like(problem.y, memory_format=torch.contiguous_format)
     grad_y[~problem.clear] = 0  # rows near a tie may take either path
-
-    def step(function) -> tuple[Tensor, ...]:
-        y = function(*leaves)
-        return (y, *torch.autograd.grad(y, leaves, grad_y))
-
-    entries = {
-        "dense-and-mask (function call)": lambda: step(lambda *t: forms.dense_and_mask(*t, trees=trees, depth=depth)),
-        "dense (function call)": lambda: step(forms.dense),
-    }
+    masked = partial(forms.dense_and_mask, trees=trees, depth=depth)
+    functions = {"dense-and-mask": masked, "dense": forms.dense, **(more_forms or {})}
+    entries = {f"{name} (function call)": training_step(form, leaves, grad_y) for name, form in functions.items()}
     for name in backends_for(layer, problem.x):
-        entries[f"{name} (op with autograd)"] = lambda: step(lambda *t: fff(*t, trees, depth, layer.activation))
+        walk = partial(fff, trees=trees, depth=depth, activation=layer.activation)
+        entries[f"{name} (op with autograd)"] = training_step(walk, leaves, grad_y)
     around = backends_around(entries)
     results = {}
     for name, call in entries.items():
@@ -292,9 +309,10 @@ def training_rows(
             results[name] = call()
     expected = results["reference (op with autograd)"]
     matches = {
-        name: "" if name == "dense (function call)" else gradients_match(values, expected)
+        name: "" if name.startswith(("dense (", "dense compiled")) else gradients_match(values, expected)
         for name, values in results.items()
     }
+    entries |= {f"{name} (function call)": step for name, step in (other_steps or {}).items()}
     timings = interleaved(entries, rounds, around=around, stopwatch=stopwatch)
     return make_rows(
         timings,

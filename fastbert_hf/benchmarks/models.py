@@ -3,6 +3,9 @@
 import copy
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,9 +21,38 @@ from fastbert_hf import (
 from fastbert_hf.benchmarks import forms
 from fastbert_hf.benchmarks.layer import verdict
 from fastbert_hf.benchmarks.rows import Row, make_rows
-from fastbert_hf.benchmarks.timing import interleaved
+from fastbert_hf.benchmarks.timing import Stopwatch, interleaved, wall_seconds
 from fastbert_hf.fff_layer import FastFeedForward
 
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how whole models run.
+
+    Attributes:
+        device: torch's name of it.
+        dtype: of inference; training keeps float32 weights and computes in it by autocast.
+        compile: torch.compile every model.
+        stopwatch: as for `interleaved`.
+    """
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    compile: bool = False
+    stopwatch: Stopwatch = wall_seconds
+
+    def ready(self, model: nn.Module) -> Callable:
+        """The model as it is called, compiled where that is wanted."""
+        return torch.compile(model, dynamic=False) if self.compile else model
+
+    def autocast(self) -> AbstractContextManager:
+        """What a training step runs under."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device, self.dtype)
+
+
+ON_THE_CPU = Place()
 BERT_BASE = {"vocab_size": 30522, "hidden_size": 768, "num_attention_heads": 12, "max_position_embeddings": 512}
 
 
@@ -69,49 +101,64 @@ def _twins(model_class: type, layers: int) -> dict[str, nn.Module]:
 
 
 def inference_rows(
-    batch: int, tokens: int, threads: int, rounds: int = 5, layers: int = 16, classifier: bool = False
+    batch: int,
+    tokens: int,
+    threads: int,
+    rounds: int = 5,
+    layers: int = 16,
+    classifier: bool = False,
+    place: Place = ON_THE_CPU,
 ) -> list[Row]:
-    """A forward pass of the bare encoder or of a classifier, float32; the baseline is the faster dense twin."""
+    """A forward pass of the bare encoder or of a classifier; the baseline is the faster dense twin."""
     torch.set_num_threads(threads)
     kind = FastBertForSequenceClassification if classifier else FastBertModel
-    models = {name: model.eval() for name, model in _twins(kind, layers).items()}
-    ids = torch.randint(1, 32768, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    models = {name: model.eval().to(place.device, place.dtype) for name, model in _twins(kind, layers).items()}
+    ids = torch.randint(1, 32768, (batch, tokens), generator=torch.Generator().manual_seed(0)).to(place.device)
     with torch.inference_mode():
-        entries = {f"{name} (module call)": (lambda m=model: m(ids)) for name, model in models.items()}
-        value = models["FastBERT"](ids)[0]
+        calls = {name: place.ready(model) for name, model in models.items()}
+        entries = {f"{name} (module call)": partial(call, ids) for name, call in calls.items()}
+        value = entries["FastBERT (module call)"]()[0]
         with use_backend("reference"):
             expected = models["FastBERT"](ids)[0]
         matches = {"FastBERT (module call)": _near_everywhere(value, expected)}
-        timings = interleaved(entries, rounds, least_seconds=0.1)
+        timings = interleaved(entries, rounds, least_seconds=0.1, stopwatch=place.stopwatch)
     baseline = min((n for n in timings if n.startswith("dense")), key=lambda n: timings[n].median)
     return make_rows(
         timings,
         baseline,
         matches,
-        section="classifier, evaluation" if classifier else "whole encoder, inference",
+        section="classifier, evaluation" if classifier else f"{_prefix(place)}whole encoder, inference",
         case=f"{layers} layers, {batch} x {tokens}",
         tokens=batch * tokens,
         threads=threads,
-        dtype="float32",
+        dtype=str(place.dtype).removeprefix("torch."),
         inputs="random ids",
     )
+
+
+def _prefix(place: Place) -> str:
+    """Sections of another device do not mix with the CPU's."""
+    return "" if place is ON_THE_CPU else "gpu "
 
 
 def _near_everywhere(value: torch.Tensor, expected: torch.Tensor) -> str:
     """As `verdict` on the tokens whose path no rounding changed; says how many did."""
     per_token = (value - expected).abs().amax(dim=-1) / expected.abs().amax()
-    flipped = per_token > 2e-5
+    flipped = per_token > (2e-5 if value.dtype == torch.float32 else 2e-2)
     note = f", {int(flipped.sum())} of {flipped.numel()} tokens took another path" if flipped.any() else ""
     return verdict(value[~flipped], expected[~flipped]) + note
 
 
-def training_rows(batch: int, tokens: int, threads: int, rounds: int = 3, layers: int = 16) -> list[Row]:
+def training_rows(
+    batch: int, tokens: int, threads: int, rounds: int = 3, layers: int = 16, place: Place = ON_THE_CPU
+) -> list[Row]:
     """A whole training step: MLM loss on a quarter of the positions, backward, AdamW; against dense-and-mask."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 32768, (batch, tokens), generator=generator)
     labels = torch.full_like(ids, -100).flatten()
     labels[torch.randperm(ids.numel(), generator=generator)[: ids.numel() // 4]] = 7
-    return _step_rows(FastBertForMaskedLM, ids, labels.view_as(ids), threads, rounds, layers, "training step", 0.5)
+    section = f"{_prefix(place)}training step"
+    return _step_rows(FastBertForMaskedLM, ids, labels.view_as(ids), threads, rounds, layers, section, 0.5, place)
 
 
 def finetuning_rows(batch: int, tokens: int, threads: int, rounds: int = 3, layers: int = 16) -> list[Row]:
@@ -132,9 +179,11 @@ def _step_rows(
     layers: int,
     section: str,
     max_grad_norm: float | None,
+    place: Place = ON_THE_CPU,
 ) -> list[Row]:
     """Steps of the published geometry and its relatives on one batch, without dropout; ids: (B, T)."""
     torch.set_num_threads(threads)
+    ids, labels = ids.to(place.device), labels.to(place.device)
     models = _twins(model_class, layers)
     del models["dense twin 4096"]  # five models with their optimizer states are what 24 GB hold
     torch.manual_seed(0)
@@ -147,11 +196,12 @@ def _step_rows(
                 module.p = 0.0
             elif isinstance(getattr(module, "dropout", None), float):
                 module.dropout = 0.0
-        with torch.no_grad():
-            losses[name] = model.train()(ids, labels=labels).loss
-        entries[f"{name} (training step)"] = _training_step(model, ids, labels, max_grad_norm)
-    matches = {"FastBERT (training step)": "loss " + verdict(losses["FastBERT"], losses["dense-and-mask"])}
-    timings = interleaved(entries, rounds, least_seconds=0.1)
+        with torch.no_grad(), place.autocast():
+            losses[name] = model.train().to(place.device)(ids, labels=labels).loss
+        entries[f"{name} (training step)"] = _training_step(model, ids, labels, max_grad_norm, place)
+    ours, masked_loss = (losses[name].to(place.dtype) for name in ("FastBERT", "dense-and-mask"))
+    matches = {"FastBERT (training step)": "loss " + verdict(ours, masked_loss)}
+    timings = interleaved(entries, rounds, least_seconds=0.1, stopwatch=place.stopwatch)
     return make_rows(
         timings,
         "dense-and-mask (training step)",
@@ -160,18 +210,21 @@ def _step_rows(
         case=f"{layers} layers, {ids.shape[0]} x {ids.shape[1]}",
         tokens=ids.numel(),
         threads=threads,
-        dtype="float32",
+        dtype="float32" if place.dtype == torch.float32 else f"{str(place.dtype)[6:]} autocast",
         inputs="random ids",
     )
 
 
 def _training_step(
-    model: nn.Module, ids: torch.Tensor, labels: torch.Tensor, max_grad_norm: float | None
+    model: nn.Module, ids: torch.Tensor, labels: torch.Tensor, max_grad_norm: float | None, place: Place
 ) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    call = place.ready(model)
 
     def step() -> None:
-        model(ids, labels=labels).loss.backward()
+        with place.autocast():
+            loss = call(ids, labels=labels).loss
+        loss.backward()
         if max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()

@@ -104,13 +104,34 @@ def test_whole_models_run_beside_their_bounds():
 
 
 def test_gpu_rows_are_those_of_the_layer_on_another_device():
-    """On the CPU, small: all but CUDA graphs and peak memory, which need a GPU."""
-    groups = list(gpu.gpu_rows("cpu", sizes=(1, 40)))
+    """On the CPU, small: all but CUDA graphs, compiled forms and peak memory, which need a GPU."""
+    groups = list(gpu.gpu_rows("cpu", sizes=(1, 40), batch=2, layers=1))
     rows = [row for group in groups for row in group]
-    assert {row.section for row in rows} == {"gpu forward", "gpu forward and backward"}
-    assert {row.dtype for row in rows} == {"bfloat16", "float32"}
+    assert {row.section for row in rows} == {
+        "gpu forward",
+        "gpu forward, against experts",
+        "gpu forward and backward",
+        "gpu whole encoder, inference",
+        "gpu training step",
+    }
+    assert {row.dtype for row in rows} == {"bfloat16", "float32", "float32, TF32 products", "bfloat16 autocast"}
     assert all("MISMATCH" not in row.match for row in rows)
-    assert {"reference", "dense 15 eager"} <= {row.entry for row in groups[0]}
+    assert {"reference", "dense 63 eager"} <= {row.entry for row in groups[0]}
+    trees = [row for row in rows if row.section == "gpu forward" and row.entry == "reference"]
+    assert [row.bound_share is None for row in trees] == ["TF32" in row.dtype for row in trees]
+    assert {"mixture", "reference"} <= {row.entry for row in rows if "experts" in row.section}
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_mixture_of_experts_gives_every_token_its_own_expert():
+    torch.manual_seed(0)
+    x, router = torch.randn(50, 32), torch.randn(4, 32)
+    weight_in, weight_out = torch.randn(4, 32, 16).requires_grad_(), torch.randn(4, 16, 32)
+    y = forms.mixture_of_experts(x, router, weight_in, weight_out)
+    assert gpu.experts_match(x, router, weight_in, weight_out, y).startswith("ok")
+    assert gpu.experts_match(x, router.flip(0), weight_in, weight_out, y).startswith("MISMATCH")
+    y.square().sum().backward()
+    assert weight_in.grad.abs().sum(dim=(1, 2)).gt(0).all()
 
 
 def test_another_stopwatch_is_asked_for_every_sample():

@@ -66,6 +66,13 @@ def test_a_finished_run_is_reported_again_without_training(tiny, finished, tmp_p
     assert again["validation_loss"] == summary["validation_loss"] and again["steps"] == summary["steps"]
 
 
+def test_loader_processes_change_no_loss(tiny, finished, tmp_path):
+    folder, summary, changes = finished
+    shutil.copytree(folder / "checkpoint-8", tmp_path / "checkpoint-8")
+    _, again = pretrain(*arguments(tiny, tmp_path, **changes, dataloader_num_workers=2))
+    assert losses(tmp_path) == losses(folder) and again["validation_loss"] == summary["validation_loss"]
+
+
 def test_a_longer_budget_goes_on_at_its_own_rate(tiny, finished, tmp_path):
     folder, _, changes = finished
     shutil.copytree(folder / "checkpoint-8", tmp_path / "checkpoint-8")

@@ -118,10 +118,12 @@ def save_model(trainer: "Trainer", tokenizer: "PreTrainedTokenizerBase") -> None
         trainer: its model and `args.output_dir` are used; only the main process writes.
         tokenizer: saved beside the model.
     """
+    # Sharded weights are gathered by all processes together.
+    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if not trainer.is_world_process_zero():
         return
     with staged_folder(trainer.args.output_dir) as stage:
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(stage)
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(stage, state_dict=weights)
         tokenizer.save_pretrained(stage)
 
 

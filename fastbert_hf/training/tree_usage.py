@@ -116,7 +116,8 @@ class TreeUsageCallback(TrainerCallback):
     def on_evaluate(self, args, state, control, **kwargs):
         """Count in the first process; the trees are the same everywhere."""
         model = self.trainer.model
-        if not state.is_world_process_zero or not tree_layers(model):
+        # Where weights are sharded, one process alone cannot run the model.
+        if not state.is_world_process_zero or not tree_layers(model) or self.trainer.is_fsdp_enabled:
             return
         sequences = self.trainer.eval_dataset
         rows = max(1, min(len(sequences), self.max_tokens // len(sequences[0]["input_ids"])))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastbert_hf.fff_reference import check_arguments
+from fastbert_hf.kernels.triton.regimes import choose_regime
 
 ACTIVATION_NAMES = ("gelu", "gelu_tanh", "relu", "silu")  # by their codes in activations.py
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,6 +73,8 @@ class TritonBackend:
         y = x.new_empty(rows, out_width, dtype=_stored(x.dtype))
         if rows == 0:
             return y.to(x.dtype)
+        if choose_regime(rows, depth) == "subtrees":
+            return self._run_subtrees(x, weight_in, bias_in, weight_out, trees, depth, activation, visited, logits)
         with _device_of(x):
             walk_forward[(rows,)](
                 x.contiguous(),
@@ -90,6 +93,20 @@ class TritonBackend:
                 SAVE=visited is not None,
                 **_blocks(width, out_width),
             )
+        return y.to(x.dtype)
+
+    def _run_subtrees(self, x, weight_in, bias_in, weight_out, trees, depth, activation, visited, logits) -> Tensor:
+        from .subtrees import run_subtrees
+
+        if visited is None:
+            paths = (x.shape[0], trees, depth + 1)
+            visited, logits = x.new_empty(paths, dtype=torch.int32), x.new_empty(paths, dtype=torch.float32)
+        y = x.new_empty(x.shape[0], weight_out.shape[1], dtype=torch.float32 if trees > 1 else _stored(x.dtype))
+        code = ACTIVATION_NAMES.index(activation)
+        tf32 = x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        weights = weight_in.contiguous(), None if bias_in is None else bias_in.contiguous(), weight_out.contiguous()
+        with _device_of(x):
+            run_subtrees(x.contiguous(), *weights, y, visited, logits, code, tf32, widen=interpreting())
         return y.to(x.dtype)
 
     def backward(

@@ -1,0 +1,129 @@
+"""The subtree products, forced: the same op as the walk, whatever the tile a row lies in."""
+
+import pytest
+import torch
+
+from fastbert_hf.kernels.triton.regimes import VARIABLE, choose_regime
+from fastbert_hf.kernels.triton.subtrees import split_levels
+from tests.kernels.cases import ACTIVATIONS, check, make_problem
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# rows, width, out_width, trees, depth: empty, one, one part, two parts, tile edges, odd widths, the deepest, several
+# trees, wider than a block of columns
+SHAPES = [
+    (0, 8, 8, 1, 8),
+    (1, 40, 24, 1, 11),
+    (3, 1, 1, 1, 0),
+    (65, 7, 9, 2, 2),
+    (64, 33, 31, 1, 6),
+    (70, 30, 17, 1, 7),
+    (4, 33, 70, 1, 12),
+    (6, 130, 20, 3, 7),
+]
+
+
+@pytest.fixture
+def subtrees(triton, monkeypatch):
+    """The backend, always by subtrees."""
+    monkeypatch.setenv(VARIABLE, "subtrees")
+    return triton
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_output_and_gradients_match(subtrees, shape, dtype):
+    check(subtrees, make_problem(*shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_match(subtrees, activation, bias):
+    problem = make_problem(12, 10, 7, 2, 3, activation, bias)
+    problem.weight_in *= 4
+    check(subtrees, problem)
+
+
+def test_all_rows_in_one_subtree_match(subtrees):
+    problem = make_problem(140, 8, 6, 1, 8)
+    problem.x[:] = problem.x[:1].clone()
+    check(subtrees, problem)
+
+
+def test_strided_inputs_match_contiguous_ones(subtrees):
+    problem = make_problem(6, 12, 10, 2, 3)
+    problem.x = torch.zeros(12, 25)[::2, 1::2].copy_(problem.x)
+    problem.weight_in = problem.weight_in.t().contiguous().t()
+    problem.weight_out = problem.weight_out.repeat(1, 2)[:, :10]
+    problem.bias_in = problem.bias_in.repeat_interleave(3)[::3]
+    check(subtrees, problem)
+
+
+@pytest.mark.parametrize("tie", [0.0, -0.0, float("nan")])
+def test_ties_go_left(subtrees, tie):
+    problem = make_problem(2, 16, 8, 1, 8)
+    problem.weight_in.zero_()
+    problem.bias_in[:] = tie
+    left = [2**level - 1 for level in range(9)]
+    assert subtrees.forward(problem.x, *problem.parameters())[1].tolist() == [[left]] * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_do_not_depend_on_each_other(subtrees, dtype):
+    problem = make_problem(130, 24, 17, 1, 7, dtype=dtype)
+    whole = subtrees.forward(problem.x, *problem.parameters())
+    for begin, end in ((0, 1), (3, 70), (129, 130)):
+        part = subtrees.forward(problem.x[begin:end], *problem.parameters())
+        assert all(torch.equal(a[begin:end], b) for a, b in zip(whole, part))
+
+
+@pytest.mark.parametrize("depth", [4, 8])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_bad_rows_and_unvisited_nodes_reach_nobody(subtrees, bad, depth):
+    problem = make_problem(12, 10, 9, 1, depth)
+    arguments = (problem.x, *problem.parameters())
+    y, visited, logits = subtrees.forward(*arguments)
+    unvisited = torch.ones(2 ** (depth + 1) - 1, dtype=torch.bool)
+    unvisited[visited.flatten().long()] = False
+    assert unvisited[: 2**depth].any()  # some of them share a subtree with visited ones
+    for parameter in (problem.weight_in, problem.bias_in, problem.weight_out):
+        parameter[unvisited] = bad
+    dirty = subtrees.forward(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip((y, visited, logits), dirty))
+    problem.x[7] = bad
+    others = torch.arange(12) != 7
+    again = subtrees.infer(*arguments)
+    assert torch.equal(again[others], y[others]) and not again[7].isfinite().any()
+
+
+def test_a_bad_node_reaches_exactly_the_rows_that_visit_it(subtrees):
+    problem = make_problem(40, 10, 9, 1, 8)
+    y, visited, _ = subtrees.forward(problem.x, *problem.parameters())
+    for level in (1, 6):  # in the upper and in the lower part
+        node = int(visited[0, 0, level])
+        rows = (visited[:, 0] == node).any(dim=1)
+        weight_out = problem.weight_out.clone()
+        weight_out[node, 3] = float("inf")
+        rest = problem.parameters()[3:]
+        dirty = subtrees.infer(problem.x, problem.weight_in, problem.bias_in, weight_out, *rest)
+        assert torch.equal(dirty[~rows], y[~rows])
+        assert not dirty[rows, 3].isfinite().any()
+        kept = torch.arange(9) != 3
+        torch.testing.assert_close(dirty[rows][:, kept], y[rows][:, kept], rtol=1e-5, atol=1e-5)
+
+
+def test_both_parts_have_at_most_seven_levels():
+    for depth in range(13):
+        upper, lower = split_levels(depth)
+        assert upper + lower == depth + 1 and 1 <= lower <= 7 and upper <= lower
+    assert split_levels(11) == (6, 6) and split_levels(6) == (0, 7)
+
+
+def test_the_rule_can_be_overruled(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert choose_regime(1, 11) == choose_regime(100_000, 3) == "walk" and choose_regime(16384, 11) == "subtrees"
+    monkeypatch.setenv(VARIABLE, "walk")
+    assert choose_regime(16384, 11) == "walk"
+    monkeypatch.setenv(VARIABLE, "subtree")
+    with pytest.raises(ValueError, match="must be one of walk, subtrees; got 'subtree'"):
+        choose_regime(1, 1)

@@ -113,8 +113,11 @@ class BudgetTrainer(Trainer):
         return {
             "per_device_train_batch_size": self.args.train_batch_size,
             "train_sequences": len(self.train_dataset),
-            "data_seed": self.args.data_seed or self.args.seed,
+            "data_seed": self._data_seed(),
         }
+
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     # ---- data and batch size
 
@@ -124,7 +127,7 @@ class BudgetTrainer(Trainer):
         order = MicrobatchOrder(
             len(self.train_dataset),
             args.train_batch_size,
-            args.data_seed or args.seed,
+            self._data_seed(),
             args.process_index,
             args.world_size,
         )

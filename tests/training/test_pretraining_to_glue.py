@@ -45,7 +45,7 @@ def trained(tiny, tmp_path_factory):
 
 def test_raw_text_becomes_a_folder_that_fine_tunes(trained, glue_dir, tmp_path):
     folder, summary = trained
-    assert 1.8 <= summary["train_seconds"] < 60 and summary["budget"] == {"budget_hours": 0.0005}
+    assert summary["train_seconds"] >= 1.8 and summary["budget"] == {"budget_hours": 0.0005}
     assert AutoModelForMaskedLM.from_pretrained(folder).config.fff_depth == 2
     assert len(pipeline("fill-mask", model=str(folder))("the river [MASK] under the stone")) == 5
     arguments = ["--model_name_or_path", str(folder), "--glue_dir", str(glue_dir), "--task_name", "sst2"]

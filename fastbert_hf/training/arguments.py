@@ -27,6 +27,27 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.composer.ComposerError(None, None, f"key {key[1]!r} appears twice", node.start_mark)
         return node
 
+    def flatten_mapping(self, node):
+        """Replace << by what it names, each key once: own entries win, then earlier mappings of a merge list.
+
+        PyYAML's own way leaves keys several times; from 6.0.4 on, a merged mapping that itself merges others then
+        passes on what it has overridden.
+        """
+        merged, own = [], []
+        for key, value in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                merged += value.value if isinstance(value, yaml.SequenceNode) else [value]
+            else:
+                own.append((key, value))
+        node.value = own  # from here on, so that a mapping that merges itself ends
+        for mapping in merged:
+            if not isinstance(mapping, yaml.MappingNode):
+                message = f"<< takes a mapping or a list of mappings; got a {mapping.id}"
+                raise yaml.constructor.ConstructorError(None, None, message, mapping.start_mark)
+            self.flatten_mapping(mapping)
+            known = [(key.tag, key.value) for key, _ in own]
+            own += [(key, value) for key, value in mapping.value if (key.tag, key.value) not in known]
+
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")

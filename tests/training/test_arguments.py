@@ -54,6 +54,11 @@ def test_merge_keys_take_entries_over_and_own_entries_win(tmp_path):
     content = load_yaml(write(tmp_path / "r.yaml", text))
     assert content["middle"] == {"x": 2, "y": 1} and content["list"] == {"x": 2, "y": 4, "z": 3}
     assert (content["x"], content["y"]) == (2, 1)
+    text = "a: &a {x: 1}\nb: &b {x: 2, y: 2}\nearlier: {<<: [*a, *b]}\nlater: {<<: [*b, *a], y: 3}\n"
+    content = load_yaml(write(tmp_path / "lists.yaml", text))
+    assert (content["earlier"], content["later"]) == ({"x": 1, "y": 2}, {"x": 2, "y": 3})
+    with pytest.raises(ValueError, match="<< takes a mapping"):
+        load_yaml(write(tmp_path / "bad.yaml", "more: {<<: 3, x: 1}\n"))
     with pytest.raises(ValueError, match="'x' appears twice"):
         load_yaml(write(tmp_path / "bad.yaml", "base: &b {y: 1}\nmore: {<<: *b, x: 1, x: 2}\n"))
 

@@ -1,4 +1,4 @@
-"""Activations and their derivatives on float32 values inside a kernel."""
+"""Activations and their gradients on float32 values inside a kernel."""
 
 import triton
 import triton.language as tl
@@ -26,19 +26,19 @@ def activate(logit, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def derivative(logit, ACTIVATION: tl.constexpr):
-    """The derivative of the activation at logit."""
+def activation_gradient(grad, logit, ACTIVATION: tl.constexpr):
+    """Gradient of the logit from that of its activation."""
     if ACTIVATION == GELU:
         density = 0.3989422804014327 * tl.exp(-0.5 * logit * logit)
-        result = 0.5 * (1.0 + tl.erf(logit * SQRT_HALF)) + logit * density
+        result = grad * (0.5 * (1.0 + tl.erf(logit * SQRT_HALF)) + logit * density)
     elif ACTIVATION == GELU_TANH:
         inner = 2.0 * SQRT_2_OVER_PI * (logit + CUBIC * logit * logit * logit)
         share = 1.0 / (1.0 + tl.exp(-inner))
         slope = 2.0 * SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * logit * logit)
-        result = share + logit * share * (1.0 - share) * slope
+        result = grad * (share + logit * share * (1.0 - share) * slope)
     elif ACTIVATION == RELU:
-        result = tl.where(logit > 0, 1.0, 0.0)
+        result = tl.where(logit <= 0, 0.0, grad)  # chosen: a gradient that is NaN or Inf is stopped too
     else:
         share = 1.0 / (1.0 + tl.exp(-logit))
-        result = share * (1.0 + logit * (1.0 - share))
+        result = grad * (share * (1.0 + logit * (1.0 - share)))
     return result

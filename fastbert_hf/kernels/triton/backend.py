@@ -22,8 +22,8 @@ def interpreting() -> bool:
 class TritonBackend:
     """Triton kernels for GPUs: float32, bfloat16 and float16, accumulated in float32.
 
-    Forward and backward are deterministic, and a row's result does not depend on the other rows of the call. Products
-    are taken in float32 on the vector units whatever torch's TF32 settings are.
+    Forward and backward are deterministic, and a row's result does not depend on the other rows of the call. Sums are
+    float32. torch's TF32 setting holds for products of many tokens that decide nothing; logits are never rounded.
     """
 
     name = "triton"
@@ -96,17 +96,12 @@ class TritonBackend:
         return y.to(x.dtype)
 
     def _run_subtrees(self, x, weight_in, bias_in, weight_out, trees, depth, activation, visited, logits) -> Tensor:
-        from .subtrees import run_subtrees
-
         if visited is None:
             paths = (x.shape[0], trees, depth + 1)
             visited, logits = x.new_empty(paths, dtype=torch.int32), x.new_empty(paths, dtype=torch.float32)
-        y = x.new_empty(x.shape[0], weight_out.shape[1], dtype=torch.float32 if trees > 1 else _stored(x.dtype))
-        code = ACTIVATION_NAMES.index(activation)
-        tf32 = x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
-        weights = weight_in.contiguous(), None if bias_in is None else bias_in.contiguous(), weight_out.contiguous()
+        y = x.new_empty(x.shape[0], weight_out.shape[1], dtype=_summed(x.dtype, trees))
         with _device_of(x):
-            run_subtrees(x.contiguous(), *weights, y, visited, logits, code, tf32, widen=interpreting())
+            _subtrees(x, weight_in, bias_in, weight_out, visited, logits, activation).forward(y)
         return y.to(x.dtype)
 
     def backward(
@@ -119,6 +114,8 @@ class TritonBackend:
         inputs = (x, weight_in, bias_in, weight_out)
         if rows == 0:
             return [torch.zeros_like(t) if wanted else None for t, wanted in zip(inputs, output_mask)]
+        if choose_regime(rows, levels - 1) == "subtrees":
+            return self._backward_by_subtrees(grad_y, *inputs, visited, logits, activation, output_mask)
         want_x = output_mask[0]
         grad_y = grad_y.contiguous()
         grad_x = x.new_empty(x.shape, dtype=_stored(x.dtype)) if want_x else None
@@ -143,6 +140,30 @@ class TritonBackend:
             )
             grads = _parameter_gradients(x, grad_y, inputs[1:], visited, grad_logits, activations, output_mask[1:])
         return [grad_x.to(x.dtype) if want_x else None, *grads]
+
+    def _backward_by_subtrees(
+        self, grad_y, x, weight_in, bias_in, weight_out, visited, logits, activation, output_mask
+    ) -> list[Tensor | None]:
+        want_x, want_in, want_bias, want_out = output_mask
+        dtypes = (_summed(x.dtype, visited.shape[1]), *[_stored(x.dtype)] * 3)
+        buffers = [
+            tensor.new_empty(tensor.shape, dtype=dtype) if wanted else None
+            for tensor, dtype, wanted in zip(
+                (x, weight_in, bias_in, weight_out), dtypes, (want_x, want_in or want_bias, want_bias, want_out)
+            )
+        ]
+        with _device_of(x):
+            call = _subtrees(x, weight_in, bias_in, weight_out, visited, logits, activation)
+            call.backward(grad_y.contiguous(), *buffers)
+        return [buffer.to(x.dtype) if wanted else None for buffer, wanted in zip(buffers, output_mask)]
+
+
+def _subtrees(x, weight_in, bias_in, weight_out, visited, logits, activation):
+    from .subtrees import Subtrees
+
+    tensors = [None if t is None else t.contiguous() for t in (x, weight_in, bias_in, weight_out, visited, logits)]
+    tf32 = x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return Subtrees(*tensors, activation, tf32, widen=interpreting())
 
 
 def _parameter_gradients(x, grad_y, parameters, visited, grad_logits, activations, wanted) -> list[Tensor | None]:
@@ -169,6 +190,11 @@ def _parameter_gradients(x, grad_y, parameters, visited, grad_logits, activation
 def _stored(dtype: torch.dtype) -> torch.dtype:
     """What kernels write: the interpreter cuts float32 to bfloat16 off instead of rounding, so there torch rounds."""
     return torch.float32 if interpreting() and dtype == torch.bfloat16 else dtype
+
+
+def _summed(dtype: torch.dtype, trees: int) -> torch.dtype:
+    """What kernels write where each tree adds its part: float32, to round once."""
+    return torch.float32 if trees > 1 else _stored(dtype)
 
 
 def _blocks(width: int, out_width: int) -> dict[str, int]:

@@ -8,13 +8,13 @@ LEAST_ROWS, LEAST_DEPTH = 2048, 7
 
 
 def choose_regime(rows: int, depth: int) -> str:
-    """Choose how a forward pass walks; backward is the same after both.
+    """Choose how a call walks, forward or backward.
 
     The walk gathers 2 (D+1) rows of parameters a token: 37 KB at H = 768, D = 11 in bfloat16, which only caches can
-    serve, 2.7 times the speed of dense at N = 16384 on paper. Subtrees compute ten times the nodes on tensor cores
-    but load each row of parameters once for a tile of 64 tokens; with few tokens most of a tile is padding, and a
-    sort and five small kernels come before. The threshold comes from these bytes and operations (docs/log.md); no GPU
-    has been asked yet.
+    serve; on paper 2.7 times the speed of dense at N = 16384, and 1.4 times with backward. Subtrees compute ten times
+    the nodes on tensor cores but load each row of parameters once for a tile of 64 tokens; with few tokens most of a
+    tile is padding, and a sort and small kernels come before. The threshold comes from these bytes and operations
+    (docs/log.md); no GPU has been asked yet.
 
     Args:
         rows: N.

@@ -1,21 +1,24 @@
 """Many tokens: subtrees as matrix products, tokens sorted by the subtree they enter.
 
-A tree of more than `MAX_LEVELS` levels is cut in two. Every node of the upper part is computed for every token, and
-the path picked afterwards; then tokens are sorted by the lower subtree they enter, and each of its nodes is computed
-for the tokens of that group alone: 126 of 4095 nodes, on tensor cores. The output takes the same two products, the
-activations of nodes off the path being zero. What a row gets depends neither on its tile nor on other rows. Sums are
-float32, logits are never rounded to TF32.
+A tree of more than `MAX_LEVELS` levels is cut in two parts. Every node of the upper part is computed for every token,
+and the path picked afterwards; then tokens are sorted by the lower part they enter, and each of its nodes is computed
+for the tokens of that group alone: 126 of 4095 nodes, on tensor cores. Output and gradients take products over the
+same nodes, with zeros for those off the path. Sums are float32, logits are never rounded to TF32.
 """
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from .activations import activate
+from fastbert_hf.fff_reference import ACTIVATION_BACKWARDS, ACTIVATIONS
+
+from .subtree_nodes import add_pieces, sum_pieces
+from .subtree_rows import cut_groups, lower_paths, path_dots, path_sums, upper_paths
 
 MAX_LEVELS = 7  # of one part: 127 nodes
-BLOCK_ROWS, BLOCK_COLUMNS = 64, 64
+TILE_ROWS = 64
+WARPS = 8  # with 4, registers spill
+PIECE_ROWS = 512  # tokens whose share of a parameter's gradient one program sums
 
 
 def split_levels(depth: int) -> tuple[int, int]:
@@ -32,291 +35,180 @@ def split_levels(depth: int) -> tuple[int, int]:
     return upper, levels - upper
 
 
-@triton.jit
-def upper_paths(
-    x_ptr,  # (N, H)
-    weight_in_ptr,  # (P*n, H)
-    bias_in_ptr,  # (P*n,), or anything without HAS_BIAS
-    visited_ptr,  # (N, P, D+1) int32
-    logits_ptr,  # (N, P, D+1) float32
-    entry_ptr,  # (P, N) int32: the lower subtree that a token enters
-    rows,  # N
-    width,  # H
-    trees,  # P
-    DEPTH: tl.constexpr,
-    UPPER: tl.constexpr,
-    NODES: tl.constexpr,  # 2^UPPER, at least 16
-    HAS_BIAS: tl.constexpr,
-    WIDEN: tl.constexpr,  # operands of the logits' products as float32
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Path of a tile of tokens through the upper part of one tree."""
-    tree = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = row < rows
-    column = tl.arange(0, NODES)
-    first = tree * (2 * (1 << DEPTH) - 1)
-    products = tl.zeros([BLOCK_N, NODES], tl.float32)
-    for start in range(0, width, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + row[:, None] * width + k[None, :], mask=inside[:, None] & (k < width)[None, :], other=0.0)
-        known = (column < (1 << UPPER) - 1)[:, None] & (k < width)[None, :]
-        w = tl.load(weight_in_ptr + (first + column)[:, None] * width + k[None, :], mask=known, other=0.0)
-        if WIDEN:
-            x, w = x.to(tl.float32), w.to(tl.float32)
-        products = tl.dot(x, tl.trans(w), products, input_precision="ieee")
-    node = tl.zeros([BLOCK_N], tl.int32)
-    for level in tl.static_range(UPPER):
-        # Chosen, not multiplied: whatever other nodes hold stays there.
-        logit = tl.sum(tl.where(column[None, :] == node[:, None], products, 0.0), axis=1)
-        if HAS_BIAS:
-            logit += tl.load(bias_in_ptr + first + node).to(tl.float32)
-        visit = (row * trees + tree) * (DEPTH + 1) + level
-        tl.store(visited_ptr + visit, node, mask=inside)
-        tl.store(logits_ptr + visit, logit, mask=inside)
-        node = 2 * node + 1 + (logit > 0).to(tl.int32)
-    tl.store(entry_ptr + tree * rows + row, node - ((1 << UPPER) - 1), mask=inside)
+def block_columns(dtype: torch.dtype, *widths: int) -> int:
+    """Columns of a product's block: of the dtype and the widths alone, because it fixes the order of summation."""
+    return min(32 if dtype == torch.float32 else 64, max(16, triton.next_power_of_2(max(widths))))
 
 
-@triton.jit
-def lower_paths(
-    x_ptr,  # (N, H)
-    weight_in_ptr,  # (P*n, H)
-    bias_in_ptr,  # (P*n,), or anything without HAS_BIAS
-    visited_ptr,  # (N, P, D+1) int32
-    logits_ptr,  # (N, P, D+1) float32
-    order_ptr,  # (N,) int64: tokens sorted by group
-    ends_ptr,  # (G,) int64: where each group ends in that order
-    tile_ends_ptr,  # (G,) int64: how many tiles it and those before it take
-    tree,
-    width,  # H
-    trees,  # P
-    DEPTH: tl.constexpr,
-    UPPER: tl.constexpr,
-    LOWER: tl.constexpr,
-    NODES: tl.constexpr,  # 2^LOWER, at least 16
-    HAS_BIAS: tl.constexpr,
-    WIDEN: tl.constexpr,  # operands of the logits' products as float32
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Path of a tile of one group's tokens through its lower subtree."""
-    tile = tl.program_id(0).to(tl.int64)
-    group = tl.sum((tl.load(tile_ends_ptr + tl.arange(0, 1 << UPPER)) <= tile).to(tl.int64), axis=0)
-    if group < (1 << UPPER):  # there are as many tiles as groups could need at most
-        before = tl.maximum(group - 1, 0)
-        start = tl.where(group > 0, tl.load(ends_ptr + before), 0)
-        first_tile = tl.where(group > 0, tl.load(tile_ends_ptr + before), 0)
-        place = start + (tile - first_tile) * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = place < tl.load(ends_ptr + group)
-        row = tl.load(order_ptr + place, mask=inside, other=0)
-        first = tree.to(tl.int64) * (2 * (1 << DEPTH) - 1)
-        column = tl.arange(0, NODES)
-        depth = tl.zeros([NODES], tl.int32)  # of a node inside its subtree
-        for level in tl.static_range(1, LOWER):
-            depth += (column + 1 >= (1 << level)).to(tl.int32)
-        node_of = ((1 << UPPER) << depth) - 1 + (group << depth) + column + 1 - (1 << depth)
-        known = column < (1 << LOWER) - 1
-        products = tl.zeros([BLOCK_N, NODES], tl.float32)
-        for k_start in range(0, width, BLOCK_K):
-            k = k_start + tl.arange(0, BLOCK_K)
-            in_k = (k < width)[None, :]
-            x = tl.load(x_ptr + row[:, None] * width + k[None, :], mask=inside[:, None] & in_k, other=0.0)
-            w_rows = (first + node_of)[:, None] * width
-            w = tl.load(weight_in_ptr + w_rows + k[None, :], mask=known[:, None] & in_k, other=0.0)
-            if WIDEN:
-                x, w = x.to(tl.float32), w.to(tl.float32)
-            products = tl.dot(x, tl.trans(w), products, input_precision="ieee")
-        local = tl.zeros([BLOCK_N], tl.int32)
-        for level in tl.static_range(LOWER):
-            node = ((1 << (UPPER + level)) - 1) + (group << level) + local + 1 - (1 << level)
-            logit = tl.sum(tl.where(column[None, :] == local[:, None], products, 0.0), axis=1)
-            if HAS_BIAS:
-                logit += tl.load(bias_in_ptr + first + node, mask=inside, other=0.0).to(tl.float32)
-            visit = (row * trees + tree) * (DEPTH + 1) + UPPER + level
-            tl.store(visited_ptr + visit, node.to(tl.int32), mask=inside)
-            tl.store(logits_ptr + visit, logit, mask=inside)
-            local = 2 * local + 1 + (logit > 0).to(tl.int32)
+def node_columns(dtype: torch.dtype, width: int) -> int:
+    """Columns of a program of `sum_pieces`: many, because each program finds all paths again."""
+    return min(256 if dtype == torch.bfloat16 else 128, max(16, triton.next_power_of_2(width)))
 
 
-@triton.jit
-def add_part(
-    total,  # (BLOCK_N, BLOCK_K) float32
-    weight_out_ptr,
-    bad_ptr,
-    visited_ptr,
-    logits_ptr,
-    visit,  # (BLOCK_N,): where a token's visit of the part's root is stored
-    inside,  # (BLOCK_N,)
-    first,  # row of the tree's root
-    subtree,  # number of the part's root in its level
-    out,  # (BLOCK_K,) columns
-    out_width,
-    LEVELS: tl.constexpr,
-    BASE: tl.constexpr,  # level of the part's root
-    NODES: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    AS_FLOAT: tl.constexpr,
-):
-    """total and what one part of the tree adds to it."""
-    in_out = (out < out_width)[None, :]
-    column = tl.arange(0, NODES)
-    depth = tl.zeros_like(column)  # of a node inside the part
-    path = tl.zeros([total.shape[0], NODES], tl.float32)  # activations on the path
-    for level in tl.static_range(LEVELS):
-        depth += (column + 1 >= (2 << level)).to(tl.int32)
-        node = tl.load(visited_ptr + visit + level, mask=inside, other=0)
-        value = activate(tl.load(logits_ptr + visit + level, mask=inside, other=0.0), ACTIVATION)
-        local = node - ((1 << (BASE + level)) - 1) - (subtree << level) + (1 << level) - 1
-        path = tl.where(column[None, :] == local[:, None], value[:, None], path)
-        bad = tl.load(bad_ptr + first + node, mask=inside, other=0) != 0
-        if tl.max(bad.to(tl.int32), axis=0) > 0:
-            rows = (first + node)[:, None] * out_width
-            values = tl.load(weight_out_ptr + rows + out[None, :], mask=bad[:, None] & in_out, other=0.0)
-            total += tl.where(bad[:, None], value[:, None] * values.to(tl.float32), 0.0)
-    depth = tl.minimum(depth, LEVELS - 1)
-    node_of = ((1 << BASE) << depth) - 1 + (subtree << depth) + column + 1 - (1 << depth)
-    known = column < (1 << LEVELS) - 1
-    # Rows that are not finite would reach tokens that never visit them, 0 * Inf being NaN: they came above, alone.
-    good = known & (tl.load(bad_ptr + first + node_of, mask=known, other=1) == 0)
-    rows = (first + node_of)[:, None] * out_width
-    weights = tl.load(weight_out_ptr + rows + out[None, :], mask=good[:, None] & in_out, other=0.0)
-    if AS_FLOAT:
-        weights = weights.to(tl.float32)
-    return tl.dot(path.to(weights.dtype), weights, total, input_precision=ROUNDING)
+def padded(levels: int) -> int:
+    """Columns of a part's products: its nodes, to the next power of two, as many as tensor cores take at least."""
+    return max(16, 1 << levels)
 
 
-@triton.jit
-def outputs(
-    weight_out_ptr,  # (P*n, H_out)
-    bad_ptr,  # (P*n,) int8: rows of weight_out that hold NaN or Inf
-    y_ptr,  # (N, H_out)
-    visited_ptr,  # (N, P, D+1) int32
-    logits_ptr,  # (N, P, D+1) float32
-    order_ptr,  # (N,) int64, as for lower_paths; so are the next two
-    ends_ptr,
-    tile_ends_ptr,
-    tree,
-    out_width,  # H_out
-    trees,  # P
-    DEPTH: tl.constexpr,
-    UPPER: tl.constexpr,
-    LOWER: tl.constexpr,
-    UPPER_NODES: tl.constexpr,  # 2^UPPER, at least 16
-    LOWER_NODES: tl.constexpr,  # 2^LOWER, at least 16
-    ACTIVATION: tl.constexpr,
-    ADD: tl.constexpr,  # to what y holds: trees after the first
-    ROUNDING: tl.constexpr,  # input precision of the products
-    AS_FLOAT: tl.constexpr,  # their operands as float32
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Output of a tile of one group's tokens, a block of columns: one product for each part of the tree."""
-    tile = tl.program_id(0).to(tl.int64)
-    group = tl.sum((tl.load(tile_ends_ptr + tl.arange(0, 1 << UPPER)) <= tile).to(tl.int64), axis=0)
-    if group < (1 << UPPER):
-        before = tl.maximum(group - 1, 0)
-        start = tl.where(group > 0, tl.load(ends_ptr + before), 0)
-        first_tile = tl.where(group > 0, tl.load(tile_ends_ptr + before), 0)
-        place = start + (tile - first_tile) * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = place < tl.load(ends_ptr + group)
-        row = tl.load(order_ptr + place, mask=inside, other=0)
-        first = tree.to(tl.int64) * (2 * (1 << DEPTH) - 1)
-        out = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-        total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        visit = (row * trees + tree) * (DEPTH + 1)
-        if UPPER > 0:
-            total = add_part(
-                total, weight_out_ptr, bad_ptr, visited_ptr, logits_ptr, visit, inside, first, group * 0, out,
-                out_width, UPPER, 0, UPPER_NODES, ACTIVATION, ROUNDING, AS_FLOAT,
-            )  # fmt: skip
-        total = add_part(
-            total, weight_out_ptr, bad_ptr, visited_ptr, logits_ptr, visit + UPPER, inside, first, group, out,
-            out_width, LOWER, UPPER, LOWER_NODES, ACTIVATION, ROUNDING, AS_FLOAT,
+def precision(dtype: torch.dtype, tf32: bool) -> dict[str, str | bool]:
+    """How products that decide nothing are taken, most of which have a float32 factor.
+
+    float32: as three TF32 products, which leave an error like float32's; as one where TF32 is allowed. float16: as
+    three, for its range. bfloat16: as two of its own, 16 binary digits of the float32 factor.
+    """
+    if dtype == torch.bfloat16:
+        return {"ROUNDING": "ieee", "SPLIT": True}
+    return {"ROUNDING": "tf32" if tf32 and dtype == torch.float32 else "tf32x3", "SPLIT": False}
+
+
+class Groups:
+    """The tokens of a call, sorted by the lower part of one tree that they enter.
+
+    Args:
+        visited: (N, P, D+1) int32, known as far as the root of the lower part. tree: 0 to P-1.
+
+    Attributes:
+        order: (N,) int64. table: (4, G) int64, as `cut_groups` writes it.
+        most_tiles, most_pieces: how many there can be, the last of each group being partly empty; the device knows
+            how many there are.
+        in_use: groups that may hold tokens.
+    """
+
+    def __init__(self, visited: Tensor, tree: int):
+        rows, _, levels = visited.shape
+        upper, _ = split_levels(levels - 1)
+        if upper:
+            entered = visited[:, tree, upper].to(torch.int8)  # 126 at most; a radix sort passes once for each byte
+            entered, self.order = torch.sort(entered, stable=True)
+        else:
+            entered, self.order = visited, torch.arange(rows, device=visited.device)
+        self.table = visited.new_empty(4, table_columns(upper), dtype=torch.int64)
+        cut_groups[(1,)](
+            entered, self.table, rows, rows.bit_length(),
+            UPPER=upper, GROUPS=table_columns(upper), TILE=TILE_ROWS, PIECE=PIECE_ROWS,
         )  # fmt: skip
-        keep = inside[:, None] & (out < out_width)[None, :]
-        y_place = y_ptr + row[:, None] * out_width + out[None, :]
-        if ADD:
-            total += tl.load(y_place, mask=keep, other=0.0)
-        tl.store(y_place, total.to(y_ptr.dtype.element_ty), mask=keep)
+        self.most_tiles = triton.cdiv(rows, TILE_ROWS) + (1 << upper) - 1
+        self.most_pieces = triton.cdiv(rows, PIECE_ROWS) * (2 if upper else 1) + (1 << upper) - 1
+        self.in_use = (1 << upper) + (upper > 0)
 
 
-def _groups(entry: Tensor | None, rows: int, count: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens sorted by group (N,), where each ends (G,), and how many tiles it and those before it take (G,)."""
-    if entry is None:
-        order = torch.arange(rows, device=like.device)
-        ends = torch.full((1,), rows, dtype=torch.int64, device=like.device)
-    else:
-        entry, order = torch.sort(entry, stable=True)
-        ends = torch.searchsorted(entry, torch.arange(count, dtype=entry.dtype, device=like.device), right=True)
-    sizes = torch.diff(ends, prepend=ends.new_zeros(1))
-    return order, ends, ((sizes + BLOCK_ROWS - 1) // BLOCK_ROWS).cumsum(0)
+def table_columns(upper: int) -> int:
+    """Columns of the table of groups: the lower parts and, where there is an upper one, a group of all tokens."""
+    return 2 << upper if upper else 1
 
 
-def block_columns(width: int, out_width: int) -> int:
-    """Columns of a product's block: a function of the widths alone, because it fixes the order of summation."""
-    return min(BLOCK_COLUMNS, max(16, 1 << (max(width, out_width) - 1).bit_length()))
-
-
-def run_subtrees(
-    x: Tensor,
-    weight_in: Tensor,
-    bias_in: Tensor | None,
-    weight_out: Tensor,
-    y: Tensor,
-    visited: Tensor,
-    logits: Tensor,
-    activation_code: int,
-    tf32: bool,
-    widen: bool,
-) -> None:
-    """Walk every tree for every token; all tensors contiguous, N at least 1. No step waits for the device.
+class Subtrees:
+    """Forward and backward of one call; tensors are contiguous, N at least 1. No step waits for the device.
 
     Args:
         x: (N, H). weight_in: (P*n, H). bias_in: (P*n,) or None. weight_out: (P*n, H_out).
-        y: (N, H_out), written; float32 where P > 1.
-        visited, logits: (N, P, D+1) int32 and float32, written.
-        activation_code: as in activations.py.
-        tf32: whether the output's float32 products may be rounded to TF32; decisions never are.
-        widen: give the logits' products float32 operands; the same sums, for an interpreter that cannot do bfloat16.
+        visited: (N, P, D+1) int32. logits: (N, P, D+1) float32. Forward writes them, backward reads them.
+        activation: a key of `ACTIVATIONS`.
+        tf32: whether float32 products may be rounded to TF32; those that decide never are.
+        widen: give products float32 operands; the same sums, for an interpreter that cannot do bfloat16.
     """
-    rows, trees, levels = visited.shape
-    upper, lower = split_levels(levels - 1)
-    width, out_width = x.shape[1], weight_out.shape[1]
-    bad = (~torch.isfinite(weight_out).all(dim=1)).to(torch.int8)
-    block = {"BLOCK_N": BLOCK_ROWS, "BLOCK_K": block_columns(width, out_width)}
-    shape = {"DEPTH": levels - 1, "UPPER": upper, "HAS_BIAS": bias_in is not None, "WIDEN": widen}
-    bias = y if bias_in is None else bias_in
-    entry = None
-    tiles = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
-    if upper:
-        entry = torch.empty(trees, rows, dtype=torch.int32, device=x.device)
-        upper_paths[(tiles, trees)](
-            x, weight_in, bias, visited, logits, entry, rows, width, trees,
-            NODES=max(16, 1 << upper), **shape, **block,
-        )  # fmt: skip
-    # Activations of 8 binary digits would show in y, and those of float16 may overflow: TF32 has 11 and the range.
-    half = x.dtype != torch.float32
-    # A tile more for every group: its last one need not be full.
-    grid, columns = tiles + (1 << upper) - 1, triton.cdiv(out_width, block["BLOCK_K"])
-    for tree in range(trees):
-        groups = _groups(None if entry is None else entry[tree], rows, 1 << upper, x)
-        lower_paths[(grid,)](
-            x, weight_in, bias, visited, logits, *groups, tree, width, trees,
-            LOWER=lower, NODES=max(16, 1 << lower), **shape, **block,
-        )  # fmt: skip
-        outputs[(grid, columns)](
-            weight_out, bad, y, visited, logits, *groups, tree, out_width, trees,
-            DEPTH=levels - 1,
-            UPPER=upper,
-            LOWER=lower,
-            UPPER_NODES=max(16, 1 << upper),
-            LOWER_NODES=max(16, 1 << lower),
-            ACTIVATION=activation_code,
-            ADD=tree > 0,
-            ROUNDING="tf32" if tf32 or half else "ieee",
-            AS_FLOAT=half,
-            **block,
-        )  # fmt: skip
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight_in: Tensor,
+        bias_in: Tensor | None,
+        weight_out: Tensor,
+        visited: Tensor,
+        logits: Tensor,
+        activation: str,
+        tf32: bool,
+        widen: bool,
+    ):
+        self.x, self.weight_in, self.bias_in, self.weight_out = x, weight_in, bias_in, weight_out
+        self.visited, self.logits, self.activation = visited, logits, activation
+        self.rows, self.trees, levels = visited.shape
+        upper, lower = split_levels(levels - 1)
+        self.tree_sizes = {"DEPTH": levels - 1, "UPPER": upper}
+        self.group_sizes = {**self.tree_sizes, "LOWER": lower, "GROUPS": table_columns(upper)}
+        self.part_sizes = {**self.group_sizes, "UPPER_NODES": padded(upper), "LOWER_NODES": padded(lower)}
+        columns = block_columns(x.dtype, x.shape[1], weight_out.shape[1])
+        self.tile = {"BLOCK_N": TILE_ROWS, "BLOCK_K": columns, "WIDEN": widen, "num_warps": WARPS}
+        self.precision = precision(x.dtype, tf32)
+
+    def forward(self, y: Tensor) -> None:
+        """Walk every tree for every token.
+
+        Args:
+            y: (N, H_out), written; float32 where P > 1.
+        """
+        bias = y if self.bias_in is None else self.bias_in
+        arguments = (self.x, self.weight_in, bias, self.visited, self.logits)
+        options = {"HAS_BIAS": self.bias_in is not None, **self.tile}
+        width = self.x.shape[1]
+        if self.tree_sizes["UPPER"]:
+            grid = (triton.cdiv(self.rows, TILE_ROWS), self.trees)
+            nodes = self.part_sizes["UPPER_NODES"]
+            upper_paths[grid](*arguments, self.rows, width, self.trees, **self.tree_sizes, NODES=nodes, **options)
+        groups = [Groups(self.visited, tree) for tree in range(self.trees)]
+        for tree in range(self.trees):
+            lower_paths[(groups[tree].most_tiles,)](
+                *arguments, groups[tree].order, groups[tree].table, tree, width, self.trees,
+                **self.group_sizes, NODES=self.part_sizes["LOWER_NODES"], **options,
+            )  # fmt: skip
+        self._path_sums(ACTIVATIONS[self.activation](self.logits), self.weight_out, y, groups)
+
+    def backward(
+        self,
+        grad_y: Tensor,
+        grad_x: Tensor | None,
+        grad_in: Tensor | None,
+        grad_bias: Tensor | None,
+        grad_out: Tensor | None,
+    ) -> None:
+        """Gradients, decisions held constant; those that are None are not computed.
+
+        Args:
+            grad_y: (N, H_out).
+            grad_x: (N, H), written; float32 where P > 1.
+            grad_in, grad_bias, grad_out: as the parameters, written; a bias needs grad_in too.
+        """
+        groups = [Groups(self.visited, tree) for tree in range(self.trees)]
+        if grad_x is not None or grad_in is not None:
+            grad_activations = torch.empty_like(self.logits)
+            for tree in range(self.trees):
+                path_dots[(groups[tree].most_tiles,)](
+                    grad_y, self.weight_out, grad_activations, self.visited, groups[tree].order, groups[tree].table,
+                    tree, grad_y.shape[1], self.trees,
+                    **self.part_sizes, ROUNDING=self.precision["ROUNDING"], **self.tile,
+                )  # fmt: skip
+            grad_logits = ACTIVATION_BACKWARDS[self.activation](grad_activations, self.logits)
+        if grad_x is not None:
+            self._path_sums(grad_logits, self.weight_in, grad_x, groups)
+        if grad_in is not None:
+            self._node_sums(grad_logits, self.x, grad_in, grad_bias, groups)
+        if grad_out is not None:
+            self._node_sums(ACTIVATIONS[self.activation](self.logits), grad_y, grad_out, None, groups)
+
+    def _path_sums(self, values, weight, result, groups: list[Groups]) -> None:
+        """result[i] = the sum over token i's paths of its values times the nodes' weights."""
+        weight_sum = weight.sum(dtype=torch.float32)
+        for tree in range(self.trees):
+            path_sums[(groups[tree].most_tiles,)](
+                values, weight, weight_sum, result, self.visited, groups[tree].order, groups[tree].table,
+                tree, weight.shape[1], self.trees, **self.part_sizes, ADD=tree > 0, **self.precision, **self.tile,
+            )  # fmt: skip
+
+    def _node_sums(self, values, vectors, result, result_values, groups: list[Groups]) -> None:
+        """result[j] = the sum over node j's tokens of value times vector; result_values[j] = that of the values."""
+        width, nodes = vectors.shape[1], max(self.part_sizes["UPPER_NODES"], self.part_sizes["LOWER_NODES"])
+        columns = node_columns(vectors.dtype, width)
+        partial = values.new_empty(groups[0].most_pieces, nodes, width)
+        partial_values = values.new_empty(groups[0].most_pieces, nodes)
+        block = self.tile["BLOCK_K"]
+        for tree in range(self.trees):
+            sum_pieces[(groups[tree].most_pieces, triton.cdiv(width, columns))](
+                vectors, values, self.visited, groups[tree].order, groups[tree].table, partial, partial_values,
+                tree, width, self.trees, **self.group_sizes, NODES=nodes, PIECE=PIECE_ROWS, **self.precision,
+                **{**self.tile, "BLOCK_K": columns},
+            )  # fmt: skip
+            add_pieces[(groups[tree].in_use, triton.cdiv(width, block))](
+                partial, partial_values, groups[tree].table, result,
+                result if result_values is None else result_values,
+                tree, width, **self.group_sizes, NODES=nodes, WITH_VALUES=result_values is not None, BLOCK_K=block,
+            )  # fmt: skip

@@ -7,7 +7,7 @@ order of summation depends on H, H_out, P and D only, so a row's result does not
 import triton
 import triton.language as tl
 
-from .activations import activate, derivative
+from .activations import activate, activation_gradient
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def walk_backward(
             parameter = tree * (2 * (1 << DEPTH) - 1) + tl.load(visited_ptr + visit).to(tl.int64)
             logit = tl.load(logits_ptr + visit)
             values = tl.load(weight_out_ptr + parameter * out_width + out_columns, mask=out_inside, other=0.0)
-            grad_logit = tl.sum(grad_y * values.to(tl.float32), axis=0) * derivative(logit, ACTIVATION)
+            grad_logit = activation_gradient(tl.sum(grad_y * values.to(tl.float32), axis=0), logit, ACTIVATION)
             tl.store(grad_logits_ptr + visit, grad_logit)
             tl.store(activations_ptr + visit, activate(logit, ACTIVATION))
             if WANT_X:

@@ -1,16 +1,19 @@
 """The subtree products, forced: the same op as the walk, whatever the tile a row lies in."""
 
+import itertools
+
 import pytest
 import torch
 
-from fastbert_hf.kernels.triton.regimes import VARIABLE, choose_regime
-from fastbert_hf.kernels.triton.subtrees import split_levels
-from tests.kernels.cases import ACTIVATIONS, check, make_problem
+from fastbert_hf.fff_reference import fff_backward
+from fastbert_hf.kernels.triton.regimes import REGIMES, VARIABLE, choose_regime
+from fastbert_hf.kernels.triton.subtrees import PIECE_ROWS, split_levels
+from tests.kernels.cases import ACTIVATIONS, assert_close, check, make_problem, natural_scales
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # rows, width, out_width, trees, depth: empty, one, one part, two parts, tile edges, odd widths, the deepest, several
-# trees, wider than a block of columns
+# trees, wider than a block of columns, and than one of the columns of parameters' gradients
 SHAPES = [
     (0, 8, 8, 1, 8),
     (1, 40, 24, 1, 11),
@@ -20,6 +23,7 @@ SHAPES = [
     (70, 30, 17, 1, 7),
     (4, 33, 70, 1, 12),
     (6, 130, 20, 3, 7),
+    (2, 768, 300, 1, 3),
 ]
 
 
@@ -44,8 +48,16 @@ def test_activations_match(subtrees, activation, bias):
     check(subtrees, problem)
 
 
+@pytest.mark.parametrize("output_mask", list(itertools.product([False, True], repeat=4)), ids=str)
+def test_only_wanted_gradients_are_computed(subtrees, output_mask):
+    problem = make_problem(3, 6, 5, 2, 2)
+    problem.output_mask = list(output_mask)
+    check(subtrees, problem)
+
+
 def test_all_rows_in_one_subtree_match(subtrees):
-    problem = make_problem(140, 8, 6, 1, 8)
+    """More rows than one program sums."""
+    problem = make_problem(PIECE_ROWS + 70, 8, 6, 1, 8)
     problem.x[:] = problem.x[:1].clone()
     check(subtrees, problem)
 
@@ -56,6 +68,7 @@ def test_strided_inputs_match_contiguous_ones(subtrees):
     problem.weight_in = problem.weight_in.t().contiguous().t()
     problem.weight_out = problem.weight_out.repeat(1, 2)[:, :10]
     problem.bias_in = problem.bias_in.repeat_interleave(3)[::3]
+    problem.grad_y = problem.grad_y[:, :1].expand(6, 10)
     check(subtrees, problem)
 
 
@@ -110,6 +123,62 @@ def test_a_bad_node_reaches_exactly_the_rows_that_visit_it(subtrees):
         assert not dirty[rows, 3].isfinite().any()
         kept = torch.arange(9) != 3
         torch.testing.assert_close(dirty[rows][:, kept], y[rows][:, kept], rtol=1e-5, atol=1e-5)
+
+
+def gradients(backend, problem):
+    """Paths, then gradients of x, weight_in, bias_in and weight_out."""
+    visited, logits = backend.forward(problem.x, *problem.parameters())[1:]
+    rest = (problem.weight_in, problem.bias_in, problem.weight_out, visited, logits, problem.activation)
+    return visited, backend.backward(problem.grad_y, problem.x, *rest, problem.output_mask)
+
+
+def test_the_same_inputs_give_the_same_gradients(subtrees):
+    problem = make_problem(200, 12, 9, 1, 7)
+    (_, first), (_, second) = gradients(subtrees, problem), gradients(subtrees, problem)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("depth", [4, 8])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_unvisited_nodes_reach_no_gradient(subtrees, bad, depth):
+    problem = make_problem(12, 10, 9, 1, depth)
+    visited, clean = gradients(subtrees, problem)
+    unvisited = torch.ones(2 ** (depth + 1) - 1, dtype=torch.bool)
+    unvisited[visited.flatten().long()] = False
+    for parameter in (problem.weight_in, problem.bias_in, problem.weight_out):
+        parameter[unvisited] = bad
+    _, dirty = gradients(subtrees, problem)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty))
+    assert all((gradient[unvisited] == 0).all() for gradient in dirty[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["x", "grad_y", "weight_in", "weight_out", "logits"])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_bad_values_reach_the_gradients_they_reach_in_the_reference(triton, monkeypatch, regime, where, bad, dtype):
+    """NaN and Inf in one row of one tensor, after forward: the same gradients are finite, and equal, as there."""
+    monkeypatch.setenv(VARIABLE, regime)
+    problem = make_problem(12, 10, 9, 1, 7, "relu", dtype=dtype)  # whose derivative is finite at Inf
+    visited, logits = triton.forward(problem.x, *problem.parameters())[1:]
+    scales = natural_scales(problem, logits.double())
+    if where == "logits":
+        logits[7, 0, 5] = bad
+    elif where in ("x", "grad_y"):
+        getattr(problem, where)[7, 4] = bad
+    else:
+        for level in (1, 6):
+            getattr(problem, where)[int(visited[7, 0, level]), 4] = bad
+    wide = problem.double()
+    rest = (problem.weight_in, problem.bias_in, problem.weight_out, visited, logits, problem.activation)
+    wide_rest = (wide.weight_in, wide.bias_in, wide.weight_out, visited, logits.double(), problem.activation)
+    results = triton.backward(problem.grad_y, problem.x, *rest, problem.output_mask)
+    expected = fff_backward(wide.grad_y, wide.x, *wide_rest, problem.output_mask)
+    assert not all(wanted.isfinite().all() for wanted in expected)
+    for name, actual, wanted in zip(("x", "weight_in", "bias_in", "weight_out"), results, expected):
+        finite = wanted.isfinite()
+        assert torch.equal(actual.isfinite(), finite), name
+        assert_close(actual[finite], wanted[finite], name, scales[name])
 
 
 def test_both_parts_have_at_most_seven_levels():

@@ -9,13 +9,27 @@ import pytest
 import torch
 
 from fastbert_hf.fff_op import BACKENDS
-from fastbert_hf.kernels.triton.backend import ACTIVATION_NAMES, _blocks
+from fastbert_hf.kernels.triton.regimes import REGIMES, VARIABLE
+from tests.kernels.cases import ACTIVATIONS
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 ROOT = Path(__file__).parents[2]
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may use, by compute capability
-POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+# bytes of shared memory that a program may use, by compute capability or name of the architecture
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, "gfx942": 64 * 1024}
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+PRODUCTS = {"upper_paths", "lower_paths", "path_dots", "path_sums", "sum_pieces"}
+KERNELS = {
+    "walk": {"walk_forward", "walk_backward", "sum_chunks", "sum_nodes"},
+    "subtrees": {*PRODUCTS, "cut_groups", "add_pieces"},
+}
 
 
 @pytest.mark.slow
@@ -34,115 +48,84 @@ def test_kernels_pass_their_tests_under_the_interpreter():
     assert int(last.split(" passed")[0].split()[-1]) > 180, last
 
 
-def compiled(kernel, signature, constants, capability, warps, aligned=()):
-    """The kernel for a GPU that need not be there; ptxas comes with triton.
+class Recorder:
+    """Stands for a kernel and notes what it is launched with."""
 
-    aligned: names of arguments that are multiples of 16, as pointers mostly are and Triton finds out at a call.
-    """
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: self.launches.append((self.kernel, arguments, constants))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What the backend launches, instead of launching it."""
+    from fastbert_hf.kernels.triton import segments, subtrees, walk
+
+    recorded = []
+    for module in (walk, segments, subtrees):
+        for name, value in list(vars(module).items()):
+            if hasattr(value, "arg_names") and name not in ("activate", "activation_gradient"):
+                monkeypatch.setattr(module, name, Recorder(value, recorded))
+    return recorded
+
+
+def compile_launch(kernel, arguments, constants, target) -> str:
+    """Compile as Triton would at this launch, for a GPU that need not be there; -> assembly."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in aligned}
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-
-
-SIZES = dict.fromkeys(("width", "out_width", "trees", "nodes", "visits_per_row"), "i32")
-
-
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-@pytest.mark.parametrize("dtype", POINTERS)
-@pytest.mark.parametrize(("width", "out_width"), [(768, 768), (4096, 4096), (33, 1)])
-def test_walks_compile_for_real_hardware(capability, dtype, width, out_width):
-    from fastbert_hf.kernels.triton.walk import walk_backward, walk_forward
-
-    blocks = _blocks(width, out_width)
-    warps = blocks.pop("num_warps")
-    names = {*walk_forward.arg_names, *walk_backward.arg_names}
-    signature = {name: POINTERS[dtype] for name in names if name.endswith("_ptr")} | SIZES
-    signature |= {
-        "visited_ptr": "*i32",
-        "logits_ptr": "*fp32",
-        "grad_logits_ptr": "*fp32",
-        "activations_ptr": "*fp32",
-    }
-    for code in range(len(ACTIVATION_NAMES)):
-        common = {"DEPTH": 11, "ACTIVATION": code, **blocks}
-        forward = compiled(walk_forward, signature, {**common, "HAS_BIAS": True, "SAVE": True}, capability, warps)
-        backward = compiled(walk_backward, signature, {**common, "WANT_X": True}, capability, warps)
-        for kernel in (forward, backward):
-            assert kernel.asm["cubin"] and kernel.metadata.shared < SHARED_MEMORY[capability]
+    constants = dict(constants)
+    warps = constants.pop("num_warps", 4)
+    signature, attributes = dict.fromkeys(constants, "constexpr"), {}
+    for position, (parameter, argument) in enumerate(zip(kernel.params, arguments)):
+        if isinstance(argument, torch.Tensor):
+            kind, aligned = "*" + TYPES[argument.dtype], argument.data_ptr() % 16 == 0
+        elif argument == 1 and not parameter.do_not_specialize:
+            kind, aligned = "constexpr", False
+            constants[parameter.name] = 1
+        else:
+            kind, aligned = "i32", argument % 16 == 0 and not parameter.do_not_specialize
+        signature[parameter.name] = kind
+        if aligned:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    assert set(signature) == set(kernel.arg_names)
+    source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, attributes)
+    hip = isinstance(target, str)
+    gpu = GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", target, 32)
+    result = triton.compile(source, target=gpu, options={"num_warps": warps})
+    assert result.asm["hsaco" if hip else "cubin"] and result.metadata.shared < SHARED_MEMORY[target]
+    return result.asm["amdgcn" if hip else "ptx"]
 
 
 @pytest.mark.parametrize(
-    ("width", "depth", "dtype", "capability"),
-    [(768, 11, dtype, capability) for dtype in POINTERS for capability in SHARED_MEMORY]
-    + [(4096, 12, "bfloat16", 90), (33, 3, "float32", 80)],
+    ("shape", "target"),
+    [((2048, 768, 768, 1, 11), target) for target in SHARED_MEMORY]
+    + [((2, 33, 1, 2, 7), 90), ((1, 1, 4096, 1, 3), 90)],
+    ids=str,
 )
-def test_subtrees_compile_for_real_hardware(width, depth, dtype, capability):
-    from fastbert_hf.kernels.triton import subtree_nodes, subtree_rows, subtrees
-
-    upper, lower = subtrees.split_levels(depth)
-    element = getattr(torch, dtype)
-    tile = {"BLOCK_N": subtrees.TILE_ROWS, "BLOCK_K": subtrees.block_columns(element, width), "WIDEN": False}
-    upper_nodes, lower_nodes = subtrees.padded(upper), subtrees.padded(lower)
-    whole = {"DEPTH": depth, "UPPER": upper}
-    groups = {**whole, "LOWER": lower, "GROUPS": subtrees.table_columns(upper)}
-    parts = {**groups, "UPPER_NODES": upper_nodes, "LOWER_NODES": lower_nodes}
-    precision = subtrees.precision(element, tf32=False)
-    nodes = {**groups, "NODES": max(upper_nodes, lower_nodes)}
-    pieces = {
-        **nodes,
-        "PIECE": subtrees.PIECE_ROWS,
-        **precision,
-        **tile,
-        "BLOCK_K": subtrees.node_columns(element, width),
-    }
-    table = {"UPPER": upper, "GROUPS": groups["GROUPS"], "TILE": subtrees.TILE_ROWS, "PIECE": subtrees.PIECE_ROWS}
-    variants = [
-        (subtree_rows.cut_groups, table),
-        (subtree_rows.lower_paths, {**groups, "NODES": lower_nodes, "HAS_BIAS": True, **tile}),
-        (subtree_rows.path_dots, {**parts, "ROUNDING": precision["ROUNDING"], **tile}),
-        (subtree_rows.path_sums, {**parts, "ADD": True, **precision, **tile}),
-        (subtree_nodes.sum_pieces, pieces),
-        (subtree_nodes.add_pieces, {**nodes, "WITH_VALUES": True, "BLOCK_K": tile["BLOCK_K"]}),
-    ]
-    if upper:
-        upper_paths = {**whole, "NODES": upper_nodes, "HAS_BIAS": True, **tile}
-        variants.append((subtree_rows.upper_paths, upper_paths))
-    for kernel, constants in variants:
-        signature = {name: POINTERS[dtype] for name in kernel.arg_names if name.endswith("_ptr")}
-        signature |= dict.fromkeys(("logits_ptr", "values_ptr", "dots_ptr"), "*fp32")
-        signature |= dict.fromkeys(("weight_sum_ptr", "partial_ptr", "partial_values_ptr"), "*fp32")
-        signature |= {"visited_ptr": "*i32", "entered_ptr": "*i8"}
-        signature |= dict.fromkeys(("order_ptr", "table_ptr"), "*i64")
-        signature |= dict.fromkeys(("rows", "steps", "width", "trees", "tree"), "i32")
-        aligned = [name for name in kernel.arg_names if name.endswith("_ptr") or name == "width"]
-        warps = subtrees.WARPS if "BLOCK_N" in constants else 4
-        options = {"aligned": aligned if width % 16 == 0 else ()}
-        result = compiled(kernel, signature, constants, capability, warps, **options)
-        assert result.asm["cubin"] and result.metadata.shared < SHARED_MEMORY[capability]
-        if dtype != "float32" and "BLOCK_N" in constants:
-            assert "mma" in result.asm["ptx"], "not on tensor cores"
-
-
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-@pytest.mark.parametrize("dtype", POINTERS)
-def test_segment_sums_compile_for_real_hardware(capability, dtype):
-    from fastbert_hf.kernels.triton.segments import BLOCK, CHUNK, ROWS, sum_chunks, sum_nodes
-
-    names = {*sum_chunks.arg_names, *sum_nodes.arg_names}
-    signature = {name: "*i64" for name in names if name.endswith("_ptr")} | SIZES
-    signature |= {"coefficients_ptr": "*fp32", "partial_ptr": "*fp32"}
-    signature |= {"vectors_ptr": POINTERS[dtype], "result_ptr": POINTERS[dtype]}
-    for kernel, constants in (
-        (sum_chunks, {"CHUNK": CHUNK, "ROWS": ROWS, "BLOCK": BLOCK}),
-        (sum_nodes, {"BLOCK": BLOCK}),
-    ):
-        result = compiled(kernel, signature, constants, capability, 4)
-        assert result.asm["cubin"] and result.metadata.shared < SHARED_MEMORY[capability]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_what_a_call_launches_compiles_for_real_hardware(launches, monkeypatch, shape, regime, dtype, target):
+    monkeypatch.setenv(VARIABLE, regime)
+    monkeypatch.setattr(torch.version, "hip", "7" if isinstance(target, str) else None)
+    rows, width, out_width, trees, depth = shape
+    x, grad_y = torch.zeros(rows, width, dtype=dtype), torch.zeros(rows, out_width, dtype=dtype)
+    nodes = trees * (2 ** (depth + 1) - 1)
+    weights = [torch.zeros(nodes, *columns, dtype=dtype) for columns in ((width,), (), (out_width,))]
+    backend = BACKENDS["triton"]
+    for activation in ACTIVATIONS:
+        _, visited, logits = backend.forward(x, *weights, trees, depth, activation)
+        backend.infer(x, weights[0], None, weights[2], trees, depth, activation)
+        backend.backward(grad_y, x, *weights, visited, logits, activation, [True] * 4)
+    expected = KERNELS[regime] - ({"upper_paths"} if depth < 7 else set())
+    assert {kernel.__name__ for kernel, _, _ in launches} == expected
+    for kernel, arguments, constants in launches:
+        assembly = compile_launch(kernel, arguments, constants, target)
+        if dtype != torch.float32 and kernel.__name__ in PRODUCTS:
+            assert "mma" in assembly or "mfma" in assembly, f"{kernel.__name__} is not on matrix units"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

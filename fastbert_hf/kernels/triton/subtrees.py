@@ -50,15 +50,17 @@ def padded(levels: int) -> int:
     return max(16, 1 << levels)
 
 
-def precision(dtype: torch.dtype, tf32: bool) -> dict[str, str | bool]:
+def precision(dtype: torch.dtype, tf32: bool, hip: bool) -> dict[str, str | bool]:
     """How products that decide nothing are taken, most of which have a float32 factor.
 
     float32: as three TF32 products, which leave an error like float32's; as one where TF32 is allowed. float16: as
-    three, for its range. bfloat16: as two of its own, 16 binary digits of the float32 factor.
+    three, for its range. bfloat16: as two of its own, 16 binary digits of the float32 factor. AMD's matrix units
+    (hip) take float32 as it is.
     """
     if dtype == torch.bfloat16:
         return {"ROUNDING": "ieee", "SPLIT": True}
-    return {"ROUNDING": "tf32" if tf32 and dtype == torch.float32 else "tf32x3", "SPLIT": False}
+    rounding = "ieee" if hip else "tf32" if tf32 and dtype == torch.float32 else "tf32x3"
+    return {"ROUNDING": rounding, "SPLIT": False}
 
 
 class Groups:
@@ -129,7 +131,7 @@ class Subtrees:
         self.part_sizes = {**self.group_sizes, "UPPER_NODES": padded(upper), "LOWER_NODES": padded(lower)}
         columns = block_columns(x.dtype, x.shape[1], weight_out.shape[1])
         self.tile = {"BLOCK_N": TILE_ROWS, "BLOCK_K": columns, "WIDEN": widen, "num_warps": WARPS}
-        self.precision = precision(x.dtype, tf32)
+        self.precision = precision(x.dtype, tf32, hip=torch.version.hip is not None)
 
     def forward(self, y: Tensor) -> None:
         """Walk every tree for every token.

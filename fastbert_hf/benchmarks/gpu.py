@@ -13,6 +13,7 @@ from fastbert_hf.benchmarks.memory import MemoryRow
 from fastbert_hf.benchmarks.rows import Row, make_rows
 from fastbert_hf.benchmarks.timing import Stopwatch, interleaved, wall_seconds
 from fastbert_hf.fff_op import fff, use_backend
+from fastbert_hf.kernels.triton.regimes import REGIMES, use_regime
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -200,6 +201,55 @@ def graph_rows(tokens: int, dtype: torch.dtype) -> list[Row]:
     )
 
 
+@contextmanager
+def _triton_by(regime: str) -> Iterator[None]:
+    with use_backend("triton"), use_regime(regime):
+        yield
+
+
+def regime_rows(
+    tokens: int, depth: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda", rounds: int = 7
+) -> list[Row]:
+    """The two ways of the Triton kernels through the trees, forward and with backward: what choosing rests on."""
+    problem = make_problem(tokens, dtype, device, depth)
+    leaves = [problem.x.clone().requires_grad_(), *(p.clone().requires_grad_() for p in problem.parameters)]
+    grad_y = torch.randn_like(problem.y, memory_format=torch.contiguous_format)
+    grad_y[~problem.clear] = 0  # rows near a tie may take either path
+    call = partial(fff, trees=1, depth=depth, activation=problem.layer.activation)
+    step = layer.training_step(call, leaves, grad_y)
+    with use_backend("reference"):
+        expected = step()
+
+    @torch.inference_mode()
+    def forward() -> Tensor:
+        return problem.layer(problem.x)
+
+    rows = []
+    for point, function, match in (
+        ("module call", forward, problem.match),
+        ("op with autograd", step, lambda values: layer.gradients_match(values, expected)),
+    ):
+        around = {f"{regime} ({point})": partial(_triton_by, regime) for regime in REGIMES}
+        matches = {}
+        for name, place in around.items():
+            with place():
+                matches[name] = match(function())
+        entries = dict.fromkeys(around, function)
+        timings = interleaved(entries, rounds, around=around, stopwatch=stopwatch_for(device))
+        rows += make_rows(
+            timings,
+            f"{REGIMES[0]} ({point})",
+            matches,
+            section="gpu regimes",
+            case=f"1x{depth}",
+            tokens=tokens,
+            threads=torch.get_num_threads(),
+            dtype=str(dtype).removeprefix("torch."),
+            inputs="balanced",
+        )
+    return rows
+
+
 def memory_rows(tokens: int = 16384) -> list[MemoryRow]:
     """Peak memory of forward and backward above inputs, parameters and their gradients; GPU only."""
     problem = make_problem(tokens, torch.bfloat16, "cuda")
@@ -246,4 +296,7 @@ def gpu_rows(
     if device == "cuda":
         for tokens in (1, 128):
             yield graph_rows(tokens, torch.bfloat16)
+        for tree_depth in (5, 7, 9, 11):
+            for tokens in (128, 512, 2048, 4096, 16384):
+                yield regime_rows(tokens, tree_depth)
     yield from model_rows(device, batch, 128 if device == "cuda" else 8, layers)

@@ -61,10 +61,11 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch):
     """What the backend launches, instead of launching it."""
-    from fastbert_hf.kernels.triton import segments, subtrees, walk
+    from fastbert_hf.kernels.triton import segments, walk
+    from fastbert_hf.kernels.triton.subtrees import call, groups
 
     recorded = []
-    for module in (walk, segments, subtrees):
+    for module in (walk, segments, groups, call):
         for name, value in list(vars(module).items()):
             if hasattr(value, "arg_names") and name not in ("activate", "activation_gradient"):
                 monkeypatch.setattr(module, name, Recorder(value, recorded))

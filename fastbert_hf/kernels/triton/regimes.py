@@ -1,6 +1,8 @@
 """Which of the two ways through the trees a call takes."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 REGIMES = ("walk", "subtrees")
 VARIABLE = "FASTBERT_TRITON_REGIME"
@@ -32,3 +34,21 @@ def choose_regime(rows: int, depth: int) -> str:
             raise ValueError(f"{VARIABLE} must be one of {', '.join(REGIMES)}; got {wanted!r}")
         return wanted
     return "subtrees" if rows >= LEAST_ROWS and depth >= LEAST_DEPTH else "walk"
+
+
+@contextmanager
+def use_regime(name: str) -> Iterator[None]:
+    """Take one way for every call of a `with` block, by the environment variable.
+
+    Args:
+        name: "walk" or "subtrees".
+    """
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before

@@ -1,12 +1,15 @@
 """The backend behind the op and the layer, as models use it."""
 
 import copy
+import os
 
 import pytest
 import torch
 
 from fastbert_hf import FastFeedForward, use_backend
+from fastbert_hf.benchmarks.gpu import regime_rows
 from fastbert_hf.fff_op import select_backend
+from fastbert_hf.kernels.triton.regimes import REGIMES, VARIABLE
 from tests.kernels.triton_kernels.conftest import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -71,6 +74,16 @@ def test_declines_with_a_reason(change, width, depth, reason):
     x, weight = torch.zeros(2, width, **change), torch.zeros(2 ** (depth + 1) - 1, width, **change)
     with use_backend("triton"), pytest.raises(ValueError, match=reason):
         select_backend(x, weight, weight, 1, depth, "gelu")
+
+
+def test_both_regimes_are_timed_and_checked(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    rows = regime_rows(70, 2, torch.float32, DEVICE, rounds=1)
+    assert [(row.entry, row.entry_point) for row in rows] == [
+        (regime, point) for point in ("module call", "op with autograd") for regime in REGIMES
+    ]
+    assert all(row.match.startswith("ok") and row.median_ms > 0 for row in rows)
+    assert VARIABLE not in os.environ
 
 
 @needs_gpu

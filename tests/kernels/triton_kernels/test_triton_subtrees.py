@@ -7,7 +7,8 @@ import torch
 
 from fastbert_hf.fff_reference import fff_backward
 from fastbert_hf.kernels.triton.regimes import REGIMES, VARIABLE, choose_regime
-from fastbert_hf.kernels.triton.subtrees import PIECE_ROWS, split_levels
+from fastbert_hf.kernels.triton.subtrees.groups import PIECE_ROWS
+from fastbert_hf.kernels.triton.subtrees.parts import split_levels
 from tests.kernels.cases import ACTIVATIONS, assert_close, check, make_problem, natural_scales
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

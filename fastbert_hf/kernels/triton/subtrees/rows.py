@@ -1,155 +1,23 @@
-"""Kernels over tiles of tokens: a part of the tree is a matrix product, what a token does not visit is left out.
+"""Kernels over tiles of tokens of one group: paths, and products and sums along them.
 
-A part is a subtree of some levels whose root lies in level `base` and is number `subtree` of that level. Its nodes
-are columns, breadth first, padded to NODES, a power of two. What a row gets depends neither on its tile nor on other
-rows. Sums are float32.
+What a token does not visit is left out. What a row gets depends neither on its tile nor on other rows. Sums are
+float32.
 """
 
 import triton
 import triton.language as tl
 
-INFINITY = tl.constexpr(float("inf"))
-MOST_LEVELS = tl.constexpr(7)  # of a part
-STARTS, ENDS, TILE_ENDS, PIECE_ENDS = (tl.constexpr(row) for row in range(4))  # of the table of groups
-
-
-@triton.jit
-def first_place(sorted_ptr, key, rows, steps):
-    """The first of `rows` sorted numbers that is not below each key, by halving `steps` times."""
-    low, high = key * 0, key * 0 + rows
-    for _ in range(steps):
-        middle = (low + high) // 2
-        below = tl.load(sorted_ptr + middle, mask=low < high, other=0) < key
-        low, high = tl.where((low < high) & below, middle + 1, low), tl.where((low < high) & below, high, middle)
-    return low
-
-
-@triton.jit
-def cut_groups(
-    entered_ptr,  # (N,) int8, sorted: roots of the lower parts that tokens enter; anything without an upper part
-    table_ptr,  # (4, GROUPS) int64
-    rows,  # N
-    steps,  # 2^steps > N
-    UPPER: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TILE: tl.constexpr,
-    PIECE: tl.constexpr,
-):
-    """The table of groups, for tokens in sorted order.
-
-    Group g holds the tokens that enter lower part g; where there is an upper part, another group holds all, for the
-    kernels of subtree_nodes.py; the rest are empty. Rows of the table: where each begins, where it ends, how many
-    tiles it and those before it take, how many pieces.
-    """
-    group = tl.arange(0, GROUPS).to(tl.int64)
-    if UPPER > 0:
-        root = group + ((1 << UPPER) - 1)
-        places = first_place(entered_ptr, root[None, :] + tl.arange(0, 2)[:, None], rows, steps)  # of it and the next
-        lower, all_tokens = group < (1 << UPPER), group == (1 << UPPER)
-        start = tl.where(lower, tl.min(places, axis=0), 0)
-        end = tl.where(lower, tl.max(places, axis=0), tl.where(all_tokens, rows, 0))
-    else:
-        lower = group == 0
-        start, end = group * 0, tl.where(lower, rows, 0).to(tl.int64)
-    tiles = tl.where(lower, (end - start + TILE - 1) // TILE, 0)
-    tl.store(table_ptr + STARTS * GROUPS + group, start)
-    tl.store(table_ptr + ENDS * GROUPS + group, end)
-    tl.store(table_ptr + TILE_ENDS * GROUPS + group, tl.cumsum(tiles, axis=0))
-    tl.store(table_ptr + PIECE_ENDS * GROUPS + group, tl.cumsum((end - start + PIECE - 1) // PIECE, axis=0))
-
-
-@triton.jit
-def chunk_of_group(table_ptr, CHUNK_ENDS: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr):
-    """This program's chunk of tokens: its group, first place and the place after its last.
-
-    The programs are as many as groups could need at most; those beyond get the group GROUPS and no place.
-    """
-    chunk = tl.program_id(0).to(tl.int64)
-    chunk_ends_ptr = table_ptr + CHUNK_ENDS * GROUPS
-    group = tl.sum((tl.load(chunk_ends_ptr + tl.arange(0, GROUPS)) <= chunk).to(tl.int64), axis=0)
-    there = group < GROUPS
-    first_chunk = tl.load(chunk_ends_ptr + group - 1, mask=there & (group > 0), other=0)
-    start = tl.load(table_ptr + STARTS * GROUPS + group, mask=there, other=0) + (chunk - first_chunk) * CHUNK
-    return group, start, tl.minimum(start + CHUNK, tl.load(table_ptr + ENDS * GROUPS + group, mask=there, other=0))
-
-
-@triton.jit
-def depths_of_columns(NODES: tl.constexpr):
-    """Levels from the part's root down to each column's node: (NODES,)."""
-    column = tl.arange(0, NODES)
-    depth = tl.zeros([NODES], tl.int32)
-    for level in tl.static_range(1, MOST_LEVELS + 1):
-        depth += (column + 1 >= (1 << level)).to(tl.int32)
-    return depth
-
-
-@triton.jit
-def nodes_of_part(subtree, base, levels, NODES: tl.constexpr):
-    """Number of each column's node in the tree, (NODES,), and whether the column has one."""
-    depth, column = depths_of_columns(NODES), tl.arange(0, NODES)
-    node = (((1 << base) + subtree) << depth) + column - (1 << depth)
-    return node, column < (1 << levels) - 1
-
-
-@triton.jit
-def last_visited(visited_ptr, visit, inside, subtree, base, levels):
-    """Where in a part each token's path ends, (BLOCK_N,): the node's number, counted from 1 at the part's root.
-
-    Halving it gives the ancestors. visit: (BLOCK_N,), where the visits of a token to the tree begin.
-    """
-    node = tl.load(visited_ptr + visit + base + levels - 1, mask=inside, other=0)
-    return node + 1 - (((1 << base) + subtree - 1) << (levels - 1))
-
-
-@triton.jit
-def path_values(values_ptr, visited_ptr, visit, inside, subtree, base, levels, NODES: tl.constexpr):
-    """A token's values at the nodes of a part that it visits, zero at the others: (BLOCK_N, NODES) float32."""
-    level = tl.arange(0, MOST_LEVELS + 1)
-    known = inside[:, None] & (level < levels)[None, :]
-    values = tl.load(values_ptr + (visit + base)[:, None] + level[None, :], mask=known, other=0.0)
-    depth, number = depths_of_columns(NODES), tl.arange(0, NODES) + 1
-    spread = tl.gather(values, tl.broadcast_to(depth[None, :], [visit.shape[0], NODES]), axis=1)
-    last, up = last_visited(visited_ptr, visit, inside, subtree, base, levels), levels - 1 - depth
-    there = (last[:, None] >> tl.maximum(up, 0)[None, :] == number[None, :]) & (up >= 0)[None, :] & inside[:, None]
-    return tl.where(there, spread, 0.0)
-
-
-@triton.jit
-def part_products(
-    vectors_ptr,  # (N, W)
-    weight_ptr,  # (P*n, W)
-    row,  # (BLOCK_N,)
-    inside,  # (BLOCK_N,)
-    first,  # parameter row of the tree's root
-    node,  # (NODES,)
-    known,  # (NODES,)
-    width,  # W
-    ROUNDING: tl.constexpr,
-    WIDEN: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """<vectors[row], weight[first + node]>: (BLOCK_N, NODES) float32."""
-    products = tl.zeros([row.shape[0], node.shape[0]], tl.float32)
-    for start in range(0, width, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        in_k = (k < width)[None, :]
-        vectors = tl.load(vectors_ptr + row[:, None] * width + k[None, :], mask=inside[:, None] & in_k, other=0.0)
-        weight_rows = (first + node)[:, None] * width
-        weights = tl.load(weight_ptr + weight_rows + k[None, :], mask=known[:, None] & in_k, other=0.0)
-        if WIDEN:
-            vectors, weights = vectors.to(tl.float32), weights.to(tl.float32)
-        products = tl.dot(vectors, tl.trans(weights), products, input_precision=ROUNDING)
-    return products
-
-
-@triton.jit
-def pick(products, number):
-    """The product with node `number`, counted from 1 at the part's root: (BLOCK_N, NODES), (BLOCK_N,) -> (BLOCK_N,).
-
-    Chosen, not multiplied: whatever other nodes hold stays there.
-    """
-    mine = (tl.arange(0, products.shape[1]) + 1)[None, :] == number[:, None]
-    return tl.sum(tl.where(mine, products, 0.0), axis=1)
+from .groups import TILE_ENDS, chunk_of_group
+from .parts import (
+    accurate_dot,
+    are_finite,
+    is_finite,
+    last_visited,
+    nodes_of_part,
+    part_products,
+    path_values,
+    pick,
+)
 
 
 @triton.jit
@@ -298,38 +166,6 @@ def path_dots(
             vectors_ptr, weight_ptr, visited_ptr, dots_ptr, row, inside, visit, first, group, width,
             UPPER, LOWER, LOWER_NODES, ROUNDING, WIDEN, BLOCK_K,
         )  # fmt: skip
-
-
-@triton.jit
-def is_finite(values):
-    """Neither NaN nor infinite."""
-    return tl.abs(values.to(tl.float32)) < INFINITY
-
-
-@triton.jit
-def are_finite(values):
-    """Whether all the numbers of each row are."""
-    return tl.min(is_finite(values).to(tl.int32), axis=1) > 0
-
-
-@triton.jit
-def accurate_dot(
-    coefficients, vectors, total, ROUNDING: tl.constexpr, SPLIT: tl.constexpr, WIDEN: tl.constexpr
-):  # fmt: skip
-    """total + coefficients @ vectors for float32 coefficients, which the vectors' dtype could not hold.
-
-    SPLIT, for bfloat16 vectors: coefficients as the sum of two bfloat16 numbers, 16 binary digits for two products.
-    """
-    if SPLIT:
-        high = coefficients.to(tl.bfloat16)
-        rest = coefficients - high.to(tl.float32)
-        low = tl.where(is_finite(rest), rest, 0.0).to(tl.bfloat16)  # infinity less infinity
-        if WIDEN:
-            high, low, vectors = high.to(tl.float32), low.to(tl.float32), vectors.to(tl.float32)
-        result = tl.dot(high, vectors, tl.dot(low, vectors, total, input_precision="ieee"), input_precision="ieee")
-    else:
-        result = tl.dot(coefficients, vectors.to(tl.float32), total, input_precision=ROUNDING)
-    return result
 
 
 @triton.jit

@@ -1,10 +1,4 @@
-"""Many tokens: subtrees as matrix products, tokens sorted by the subtree they enter.
-
-A tree of more than `MAX_LEVELS` levels is cut in two parts. Every node of the upper part is computed for every token,
-and the path picked afterwards; then tokens are sorted by the lower part they enter, and each of its nodes is computed
-for the tokens of that group alone: 126 of 4095 nodes, on tensor cores. Output and gradients take products over the
-same nodes, with zeros for those off the path. Sums are float32, logits are never rounded to TF32.
-"""
+"""The calls: forward and backward by kernels over rows (rows.py) and over nodes (nodes.py)."""
 
 import torch
 import triton
@@ -12,27 +6,12 @@ from torch import Tensor
 
 from fastbert_hf.fff_reference import ACTIVATION_BACKWARDS, ACTIVATIONS
 
-from .subtree_nodes import add_pieces, sum_pieces
-from .subtree_rows import cut_groups, lower_paths, path_dots, path_sums, upper_paths
+from .groups import PIECE_ROWS, TILE_ROWS, Groups, table_columns
+from .nodes import add_pieces, sum_pieces
+from .parts import padded, split_levels
+from .rows import lower_paths, path_dots, path_sums, upper_paths
 
-MAX_LEVELS = 7  # of one part: 127 nodes
-TILE_ROWS = 64
 WARPS = 8  # with 4, registers spill
-PIECE_ROWS = 512  # tokens whose share of a parameter's gradient one program sums
-
-
-def split_levels(depth: int) -> tuple[int, int]:
-    """Levels of the upper and of the lower part of a tree; a small tree is all lower part.
-
-    Args:
-        depth: 0 to 12.
-
-    Returns:
-        Two numbers that sum up to depth + 1; the second is 1 to `MAX_LEVELS`, the first at most the second.
-    """
-    levels = depth + 1
-    upper = 0 if levels <= MAX_LEVELS else levels // 2
-    return upper, levels - upper
 
 
 def block_columns(dtype: torch.dtype, *widths: int) -> int:
@@ -43,11 +22,6 @@ def block_columns(dtype: torch.dtype, *widths: int) -> int:
 def node_columns(dtype: torch.dtype, width: int) -> int:
     """Columns of a program of `sum_pieces`: many, because each program finds all paths again."""
     return min(256 if dtype == torch.bfloat16 else 128, max(16, triton.next_power_of_2(width)))
-
-
-def padded(levels: int) -> int:
-    """Columns of a part's products: its nodes, to the next power of two, as many as tensor cores take at least."""
-    return max(16, 1 << levels)
 
 
 def precision(dtype: torch.dtype, tf32: bool, hip: bool) -> dict[str, str | bool]:
@@ -61,42 +35,6 @@ def precision(dtype: torch.dtype, tf32: bool, hip: bool) -> dict[str, str | bool
         return {"ROUNDING": "ieee", "SPLIT": True}
     rounding = "ieee" if hip else "tf32" if tf32 and dtype == torch.float32 else "tf32x3"
     return {"ROUNDING": rounding, "SPLIT": False}
-
-
-class Groups:
-    """The tokens of a call, sorted by the lower part of one tree that they enter.
-
-    Args:
-        visited: (N, P, D+1) int32, known as far as the root of the lower part. tree: 0 to P-1.
-
-    Attributes:
-        order: (N,) int64. table: (4, G) int64, as `cut_groups` writes it.
-        most_tiles, most_pieces: how many there can be, the last of each group being partly empty; the device knows
-            how many there are.
-        in_use: groups that may hold tokens.
-    """
-
-    def __init__(self, visited: Tensor, tree: int):
-        rows, _, levels = visited.shape
-        upper, _ = split_levels(levels - 1)
-        if upper:
-            entered = visited[:, tree, upper].to(torch.int8)  # 126 at most; a radix sort passes once for each byte
-            entered, self.order = torch.sort(entered, stable=True)
-        else:
-            entered, self.order = visited, torch.arange(rows, device=visited.device)
-        self.table = visited.new_empty(4, table_columns(upper), dtype=torch.int64)
-        cut_groups[(1,)](
-            entered, self.table, rows, rows.bit_length(),
-            UPPER=upper, GROUPS=table_columns(upper), TILE=TILE_ROWS, PIECE=PIECE_ROWS,
-        )  # fmt: skip
-        self.most_tiles = triton.cdiv(rows, TILE_ROWS) + (1 << upper) - 1
-        self.most_pieces = triton.cdiv(rows, PIECE_ROWS) * (2 if upper else 1) + (1 << upper) - 1
-        self.in_use = (1 << upper) + (upper > 0)
-
-
-def table_columns(upper: int) -> int:
-    """Columns of the table of groups: the lower parts and, where there is an upper one, a group of all tokens."""
-    return 2 << upper if upper else 1
 
 
 class Subtrees:

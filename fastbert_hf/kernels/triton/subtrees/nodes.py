@@ -7,15 +7,8 @@ the pieces of each part are added in their order. No atomics: the same inputs gi
 import triton
 import triton.language as tl
 
-from .subtree_rows import (
-    PIECE_ENDS,
-    accurate_dot,
-    are_finite,
-    chunk_of_group,
-    is_finite,
-    nodes_of_part,
-    path_values,
-)
+from .groups import PIECE_ENDS, chunk_of_group
+from .parts import accurate_dot, are_finite, is_finite, nodes_of_part, path_values
 
 
 @triton.jit

@@ -22,9 +22,9 @@ def interpreting() -> bool:
 class TritonBackend:
     """Triton kernels for GPUs: float32, bfloat16 and float16, accumulated in float32.
 
-    Forward and backward are deterministic. A row's result does not depend on what the other rows of the call hold; their
-    number chooses between two orders of summation (regimes.py). Sums are float32. torch's TF32 setting holds for
-    products of many tokens that decide nothing; logits are never rounded.
+    Forward and backward are deterministic. A row's result does not depend on what the other rows of the call hold;
+    their number chooses between two orders of summation (regimes.py). Sums are float32. torch's TF32 setting holds
+    for products of many tokens that decide nothing; logits are never rounded.
     """
 
     name = "triton"

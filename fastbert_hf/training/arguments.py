@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -172,6 +173,8 @@ class CommandParser(argparse.ArgumentParser):
 def run_command(main: Callable[[], Any]) -> int:
     """Run a script's main function; a user's mistake becomes one line instead of a traceback.
 
+    A process group that training has opened is closed behind it.
+
     Args:
         main: function without arguments that raises ValueError for wrong input.
 
@@ -180,6 +183,9 @@ def run_command(main: Callable[[], Any]) -> int:
     """
     try:
         main()
+        # One process of several must not take its threads into the interpreter's end: that aborts now and then.
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except ValueError as error:
         logger.debug("the error's origin", exc_info=True)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

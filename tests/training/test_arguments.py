@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
 from fastbert_hf.training.arguments import RecipeArgumentParser, load_yaml, run_command
@@ -118,3 +119,14 @@ def test_a_value_error_becomes_one_line_and_other_errors_pass(capsys):
     assert run_command(lambda: None) == 0
     with pytest.raises(RuntimeError):
         run_command(broken)
+
+
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="this torch has no gloo"
+)
+def test_a_process_group_is_closed_behind_the_command(tmp_path):
+    def main():
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+
+    assert run_command(main) == 0
+    assert not torch.distributed.is_initialized()

@@ -1,6 +1,7 @@
 """Recipes and command lines."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,9 +125,16 @@ def test_a_value_error_becomes_one_line_and_other_errors_pass(capsys):
 @pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="this torch has no gloo"
 )
-def test_a_process_group_is_closed_behind_the_command(tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted where Linux lists them")
+def test_a_process_group_and_its_threads_end_with_the_command(tmp_path):
+    def gloo_threads():
+        return sum("gloo" in (task / "comm").read_text() for task in Path("/proc/self/task").iterdir())
+
     def main():
         torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+        torch.distributed.barrier()
+        assert gloo_threads() > before
 
+    before = gloo_threads()
     assert run_command(main) == 0
-    assert not torch.distributed.is_initialized()
+    assert not torch.distributed.is_initialized() and gloo_threads() == before

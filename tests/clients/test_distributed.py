@@ -20,6 +20,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "
 STEPS = 2
 
 WORKER = """
+import os
 import sys
 import torch
 from accelerate import Accelerator
@@ -47,6 +48,7 @@ for name in sys.argv[1:]:
         optimizer.step()
     torch.save(results, f"{name}/gradients-{accelerator.process_index}.pt")
 accelerator.end_training()
+os._exit(0)  # gloo's threads may still let go of tensors, and an interpreter that is ending aborts on that
 """
 
 

@@ -66,9 +66,9 @@ def launches(monkeypatch):
 
     recorded = []
     for module in (walk, segments, groups, call):
-        for name, value in list(vars(module).items()):
-            if hasattr(value, "arg_names") and name not in ("activate", "activation_gradient"):
-                monkeypatch.setattr(module, name, Recorder(value, recorded))
+        for name in KERNELS["walk"] | KERNELS["subtrees"]:
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
     return recorded
 
 

@@ -114,11 +114,7 @@ def expert_rows(tokens: int, dtype: torch.dtype, device: str = "cuda", depth: in
         baseline,
         matches,
         section="gpu forward, against experts",
-        case=f"1x{depth}",
-        tokens=tokens,
-        threads=torch.get_num_threads(),
-        dtype=str(dtype).removeprefix("torch."),
-        inputs="balanced",
+        **problem.labels(tokens),
     )
 
 
@@ -193,11 +189,7 @@ def graph_rows(tokens: int, dtype: torch.dtype) -> list[Row]:
         min((name for name in timings if name.startswith("dense")), key=lambda name: timings[name].median),
         matches,
         section="gpu forward, graphs",
-        case="1x11",
-        tokens=tokens,
-        threads=torch.get_num_threads(),
-        dtype=str(dtype).removeprefix("torch."),
-        inputs="balanced",
+        **problem.labels(tokens),
     )
 
 
@@ -241,11 +233,7 @@ def regime_rows(
             f"{REGIMES[0]} ({point})",
             matches,
             section="gpu regimes",
-            case=f"1x{depth}",
-            tokens=tokens,
-            threads=torch.get_num_threads(),
-            dtype=str(dtype).removeprefix("torch."),
-            inputs="balanced",
+            **problem.labels(tokens),
         )
     return rows
 

@@ -41,6 +41,16 @@ class LayerProblem:
     def parameters(self) -> tuple[Tensor, Tensor | None, Tensor]:
         return self.layer.weight_in.detach(), self.layer.bias_in.detach(), self.layer.weight_out.detach()
 
+    def labels(self, tokens: int, kind: str = "balanced") -> dict[str, str | int]:
+        """The fields that rows of this problem share: case, tokens, threads, dtype, inputs (their kind)."""
+        return {
+            "case": f"{self.layer.trees}x{self.layer.depth}",
+            "tokens": tokens,
+            "threads": torch.get_num_threads(),
+            "dtype": str(self.x.dtype).removeprefix("torch."),
+            "inputs": kind,
+        }
+
     def match(self, y: Tensor) -> str:
         """Whether y (N, H) is the reference's output, and how near."""
         return verdict(y[self.clear], self.y[self.clear])
@@ -251,11 +261,7 @@ def forward_rows(
         matches,
         bounds,
         section=section,
-        case=f"{problem.layer.trees}x{problem.layer.depth}",
-        tokens=tokens,
-        threads=threads,
-        dtype=str(problem.x.dtype).removeprefix("torch."),
-        inputs=kind,
+        **problem.labels(tokens, kind),
     )
 
 
@@ -319,11 +325,7 @@ def training_rows(
         "dense-and-mask (function call)",
         matches,
         section=section,
-        case=f"{trees}x{depth}",
-        tokens=tokens,
-        threads=threads,
-        dtype=str(problem.x.dtype).removeprefix("torch."),
-        inputs="balanced",
+        **problem.labels(tokens),
     )
 
 

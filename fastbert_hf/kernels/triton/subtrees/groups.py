@@ -72,6 +72,15 @@ def chunk_of_group(table_ptr, CHUNK_ENDS: tl.constexpr, GROUPS: tl.constexpr, CH
     return group, start, tl.minimum(start + CHUNK, tl.load(table_ptr + ENDS * GROUPS + group, mask=there, other=0))
 
 
+@triton.jit
+def tokens_between(order_ptr, start, end, tree, trees, DEPTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Up to BLOCK_N tokens from a place on: rows, which of them are there, where their visits to the tree begin."""
+    place = start + tl.arange(0, BLOCK_N)
+    inside = place < end
+    row = tl.load(order_ptr + place, mask=inside, other=0)
+    return row, inside, (row * trees + tree) * (DEPTH + 1)
+
+
 def table_columns(upper: int) -> int:
     """Columns of the table of groups: the lower parts and, where there is an upper one, a group of all tokens."""
     return 2 << upper if upper else 1

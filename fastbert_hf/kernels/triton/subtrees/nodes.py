@@ -7,7 +7,7 @@ the pieces of each part are added in their order. No atomics: the same inputs gi
 import triton
 import triton.language as tl
 
-from .groups import PIECE_ENDS, chunk_of_group
+from .groups import PIECE_ENDS, chunk_of_group, tokens_between
 from .parts import accurate_dot, are_finite, is_finite, nodes_of_part, path_values
 
 
@@ -31,12 +31,9 @@ def piece_sum(
     """
     total, values_total = tl.zeros([NODES, BLOCK_K], tl.float32), tl.zeros([BLOCK_N, NODES], tl.float32)
     for begin in range(start, end, BLOCK_N):
-        place = begin + tl.arange(0, BLOCK_N)
-        inside = place < end
-        row = tl.load(order_ptr + place, mask=inside, other=0)
+        row, inside, visit = tokens_between(order_ptr, begin, end, tree, trees, DEPTH, BLOCK_N)
         known = inside[:, None] & (k < width)[None, :]
         vectors = tl.load(vectors_ptr + row[:, None] * width + k[None, :], mask=known, other=0.0)
-        visit = (row * trees + tree) * (DEPTH + 1)
         path = path_values(values_ptr, visited_ptr, visit, inside, subtree, base, levels, NODES)
         values_total += path
         if CAREFUL:

@@ -7,7 +7,7 @@ float32.
 import triton
 import triton.language as tl
 
-from .groups import TILE_ENDS, chunk_of_group
+from .groups import TILE_ENDS, chunk_of_group, tokens_between
 from .parts import (
     accurate_dot,
     are_finite,
@@ -96,11 +96,8 @@ def lower_paths(
     """Paths of a tile of one group's tokens through its lower part."""
     group, start, end = chunk_of_group(table_ptr, TILE_ENDS, GROUPS, BLOCK_N)
     if group < GROUPS:
-        place = start + tl.arange(0, BLOCK_N)
-        inside = place < end
-        row = tl.load(order_ptr + place, mask=inside, other=0)
+        row, inside, visit = tokens_between(order_ptr, start, end, tree, trees, DEPTH, BLOCK_N)
         first = tree.to(tl.int64) * (2 * (1 << DEPTH) - 1)
-        visit = (row * trees + tree) * (DEPTH + 1)
         node, known = nodes_of_part(group, UPPER, LOWER, NODES)
         products = part_products(x_ptr, weight_in_ptr, row, inside, first, node, known, width, "ieee", WIDEN, BLOCK_K)
         walk_down(
@@ -152,11 +149,8 @@ def path_dots(
     """
     group, start, end = chunk_of_group(table_ptr, TILE_ENDS, GROUPS, BLOCK_N)
     if group < GROUPS:
-        place = start + tl.arange(0, BLOCK_N)
-        inside = place < end
-        row = tl.load(order_ptr + place, mask=inside, other=0)
+        row, inside, visit = tokens_between(order_ptr, start, end, tree, trees, DEPTH, BLOCK_N)
         first = tree.to(tl.int64) * (2 * (1 << DEPTH) - 1)
-        visit = (row * trees + tree) * (DEPTH + 1)
         if UPPER > 0:
             store_dots(
                 vectors_ptr, weight_ptr, visited_ptr, dots_ptr, row, inside, visit, first, 0, width,
@@ -261,11 +255,8 @@ def path_sums(
     """
     group, start, end = chunk_of_group(table_ptr, TILE_ENDS, GROUPS, BLOCK_N)
     if group < GROUPS:
-        place = start + tl.arange(0, BLOCK_N)
-        inside = place < end
-        row = tl.load(order_ptr + place, mask=inside, other=0)
+        row, inside, visit = tokens_between(order_ptr, start, end, tree, trees, DEPTH, BLOCK_N)
         first = tree.to(tl.int64) * (2 * (1 << DEPTH) - 1)
-        visit = (row * trees + tree) * (DEPTH + 1)
         if is_finite(tl.load(weight_sum_ptr)):
             sum_tile(
                 values_ptr, weight_ptr, result_ptr, visited_ptr, row, inside, visit, first, group, width,

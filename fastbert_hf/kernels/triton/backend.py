@@ -71,11 +71,11 @@ class TritonBackend:
 
         rows, width = x.shape
         out_width = weight_out.shape[1]
-        y = x.new_empty(rows, out_width, dtype=_stored(x.dtype))
         if rows == 0:
-            return y.to(x.dtype)
+            return x.new_empty(0, out_width)
         if choose_regime(rows, depth) == "subtrees":
             return self._run_subtrees(x, weight_in, bias_in, weight_out, trees, depth, activation, visited, logits)
+        y = x.new_empty(rows, out_width, dtype=_stored(x.dtype))
         with _device_of(x):
             walk_forward[(rows,)](
                 x.contiguous(),

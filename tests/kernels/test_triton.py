@@ -104,7 +104,7 @@ def compile_launch(kernel, arguments, constants, target) -> str:
 @pytest.mark.parametrize(
     ("shape", "target"),
     [((2048, 768, 768, 1, 11), target) for target in SHARED_MEMORY]
-    + [((2, 33, 1, 2, 7), 90), ((1, 1, 4096, 1, 3), 90)],
+    + [((2, 33, 1, 2, 7), 90), ((1, 1, 4096, 1, 3), 90), ((2, 4096, 4096, 1, 12), 90)],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -10,7 +10,7 @@ from tests.kernels.cases import ACTIVATIONS, check, make_problem
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # rows, width, out_width, trees, depth: empty, single, width 1, odd widths, deep, many trees, more visits of a node
-# than one program sums, wider than one block of columns
+# than one program sums, wider than one block of columns, the widest
 SHAPES = [
     (0, 8, 8, 1, 2),
     (1, 40, 24, 1, 11),
@@ -22,6 +22,7 @@ SHAPES = [
     (300, 5, 3, 2, 0),
     (6, 130, 257, 1, 3),
     (2, 768, 768, 1, 3),
+    (2, 4096, 4096, 1, 1),
 ]
 
 

@@ -16,12 +16,14 @@ SOURCES = sorted((FOLDER / "csrc").glob("*.cpp"))
 LIBRARY_NAME = "libfff.so"
 FAILURE_NAME = "build_failure.txt"  # why the last build failed, for whoever asks for the backend later
 
-# no contraction: fused products only where the kernels say so, or results would depend on the compiler's choices
+# no contraction: fused products only where the kernels say so, or results would depend on the compiler's choices;
+# no trapping comparisons: with them GCC turns the activations' choices into branches and leaves their loops scalar
 FLAGS = (
     "-std=c++17",
     "-O3",
     "-ffp-contract=off",
     "-fno-math-errno",
+    "-fno-trapping-math",
     "-fno-exceptions",
     "-fno-rtti",
     "-fPIC",

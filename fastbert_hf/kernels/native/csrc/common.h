@@ -31,6 +31,34 @@ struct BackwardTensors {
   void *grad_x, *grad_weight_in, *grad_bias_in, *grad_weight_out;  // null where not wanted
 };
 
+// Leaf trees. Shapes: x (N, H), router (P*r, H) and threshold (P*r) with r = 2^D - 1, weight_in (P*m*w, H) with
+// m = 2^D leaves of w neurons, bias_in (P*m*w) or null, weight_out (P*m*w, H_out), bias_out (P*m, H_out) or null,
+// y (N, H_out), leaves, deciders and margins (N, P), logits (N, P, w). Rows of everything are contiguous.
+struct LeafShape {
+  int64_t num_rows, in_width, out_width, trees, leaf_width;
+  int depth, activation, threads;
+
+  int64_t leaves() const { return (int64_t)1 << depth; }
+  int64_t routers() const { return leaves() - 1; }
+  // The routers of a tree of leaves are a tree of single neurons, one level shallower.
+  Shape router_shape() const { return {num_rows, in_width, 0, trees, depth - 1, 0, threads}; }
+};
+
+struct LeafForwardTensors {
+  const void *x, *router, *threshold, *weight_in, *bias_in, *weight_out, *bias_out;
+  void* y;
+  int32_t *leaves, *deciders;  // these four all or none
+  float *margins, *logits;
+};
+
+struct LeafBackwardTensors {
+  const void *grad_y, *x, *router, *weight_in, *weight_out, *bias_out;
+  const int32_t *leaves, *deciders;
+  const float *margins, *logits;
+  void *grad_x, *grad_router, *grad_threshold, *grad_weight_in, *grad_bias_in, *grad_weight_out,
+      *grad_bias_out;  // null where not wanted
+};
+
 enum Status { kDone = 0, kNoMemory = 1, kBadPath = 2, kBadArgument = 3 };
 
 // One entry per element type: float32, bfloat16.
@@ -38,6 +66,8 @@ struct Kernels {
   const char* name;
   Status (*forward[2])(const Shape&, const ForwardTensors&);
   Status (*backward[2])(const Shape&, const BackwardTensors&);
+  Status (*leaf_forward[2])(const LeafShape&, const LeafForwardTensors&);
+  Status (*leaf_backward[2])(const LeafShape&, const LeafBackwardTensors&);
 };
 
 // Calls task(context, index, worker) for every index below `count`, on up to `threads` threads of torch's OpenMP

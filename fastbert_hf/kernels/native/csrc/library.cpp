@@ -86,15 +86,30 @@ void expect_writes(void* buffer, int64_t bytes) {
 }
 
 // A thread is worth waking for about ten microseconds of products.
-int useful_threads(const Shape& s) {
-  const int64_t products_per_row = s.visits() * (s.in_width + s.out_width), per_thread = 150000;
+int useful_threads(int threads, int64_t num_rows, int64_t products_per_row) {
+  const int64_t per_thread = 150000;
   const int64_t rows_per_thread = max64(1, per_thread / max64(1, products_per_row));
-  return (int)max64(1, min64(s.threads, s.num_rows / rows_per_thread));
+  return (int)max64(1, min64(threads, num_rows / rows_per_thread));
+}
+
+int useful_threads(const Shape& s) {
+  return useful_threads(s.threads, s.num_rows, s.visits() * (s.in_width + s.out_width));
+}
+
+// A leaf is wide enough to share even one row's work among threads.
+int useful_threads(const LeafShape& s) {
+  const int64_t products = s.trees * (s.depth * s.in_width + s.leaf_width * (s.in_width + s.out_width));
+  return (int)max64(1, min64(s.threads, s.num_rows * products / 150000));
 }
 
 bool in_range(const Shape& s, int dtype) {
   return s.num_rows > 0 && s.in_width >= 0 && s.out_width >= 0 && s.trees >= 1 && s.depth >= 0 && s.depth <= 30 &&
          s.activation >= 0 && s.activation <= 3 && s.threads >= 1 && (dtype == 0 || dtype == 1);
+}
+
+bool in_range(const LeafShape& s, int dtype) {
+  return s.num_rows > 0 && s.in_width >= 0 && s.out_width >= 0 && s.trees >= 1 && s.leaf_width >= 1 && s.depth >= 0 &&
+         s.depth <= 24 && s.activation >= 0 && s.activation <= 3 && s.threads >= 1 && (dtype == 0 || dtype == 1);
 }
 
 }  // namespace
@@ -183,4 +198,36 @@ FFF_API int fff_backward(const void* grad_y, const void* x, const void* weight_i
   fff::expect_writes(grad_weight_out, nodes * out_width * size);
   return fff::chosen->backward[dtype](shape, {grad_y, x, weight_in, weight_out, visited, logits, grad_x,
                                               grad_weight_in, grad_bias_in, grad_weight_out});
+}
+
+FFF_API int fff_leaf_forward(const void* x, const void* router, const void* threshold, const void* weight_in,
+                             const void* bias_in, const void* weight_out, const void* bias_out, void* y,
+                             int32_t* leaves, int32_t* deciders, float* margins, float* logits, int64_t num_rows,
+                             int64_t in_width, int64_t out_width, int64_t trees, int64_t leaf_width, int depth,
+                             int activation, int dtype, int threads) {
+  fff::LeafShape shape = {num_rows, in_width, out_width, trees, leaf_width, depth, activation, threads};
+  if (!fff::in_range(shape, dtype)) return fff::kBadArgument;
+  shape.threads = fff::useful_threads(shape);
+  fff::expect_writes(y, num_rows * out_width * (dtype == 0 ? 4 : 2));
+  return fff::chosen->leaf_forward[dtype](
+      shape, {x, router, threshold, weight_in, bias_in, weight_out, bias_out, y, leaves, deciders, margins, logits});
+}
+
+FFF_API int fff_leaf_backward(const void* grad_y, const void* x, const void* router, const void* weight_in,
+                              const void* weight_out, const void* bias_out, const int32_t* leaves,
+                              const int32_t* deciders, const float* margins, const float* logits, void* grad_x,
+                              void* grad_router, void* grad_threshold, void* grad_weight_in, void* grad_bias_in,
+                              void* grad_weight_out, void* grad_bias_out, int64_t num_rows, int64_t in_width,
+                              int64_t out_width, int64_t trees, int64_t leaf_width, int depth, int activation,
+                              int dtype, int threads) {
+  fff::LeafShape shape = {num_rows, in_width, out_width, trees, leaf_width, depth, activation, threads};
+  if (!fff::in_range(shape, dtype)) return fff::kBadArgument;
+  shape.threads = fff::useful_threads(shape);
+  const int64_t size = dtype == 0 ? 4 : 2, neurons = shape.trees * shape.leaves() * leaf_width;
+  fff::expect_writes(grad_x, num_rows * in_width * size);
+  fff::expect_writes(grad_weight_in, neurons * in_width * size);
+  fff::expect_writes(grad_weight_out, neurons * out_width * size);
+  return fff::chosen->leaf_backward[dtype](
+      shape, {grad_y, x, router, weight_in, weight_out, bias_out, leaves, deciders, margins, logits, grad_x,
+              grad_router, grad_threshold, grad_weight_in, grad_bias_in, grad_weight_out, grad_bias_out});
 }

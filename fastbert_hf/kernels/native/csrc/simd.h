@@ -37,6 +37,20 @@ FFF_INLINE float sum_lanes(vec a) {
   return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
 }
 
+// four sums at once, each in the order of sum_lanes
+FFF_INLINE void sum_lanes4(vec a, vec b, vec c, vec d, float* out) {
+  const vec in[4] = {a, b, c, d};
+  __m128 half[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    __m256 e = _mm256_add_ps(_mm512_castps512_ps256(in[i]), _mm512_extractf32x8_ps(in[i], 1));
+    half[i] = _mm_add_ps(_mm256_castps256_ps128(e), _mm256_extractf128_ps(e, 1));
+  }
+  __m128 ab = _mm_add_ps(_mm_unpacklo_ps(half[0], half[1]), _mm_unpackhi_ps(half[0], half[1]));
+  __m128 cd = _mm_add_ps(_mm_unpacklo_ps(half[2], half[3]), _mm_unpackhi_ps(half[2], half[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
+}
+
 FFF_INLINE void split_bf16(__m512i pairs, vec* even, vec* odd) {
   *even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
   *odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000)));
@@ -87,6 +101,17 @@ FFF_INLINE float sum_lanes(vec a) {
   __m128 c = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   c = _mm_add_ps(c, _mm_movehl_ps(c, c));
   return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
+}
+
+// four sums at once, each in the order of sum_lanes
+FFF_INLINE void sum_lanes4(vec a, vec b, vec c, vec d, float* out) {
+  const vec in[4] = {a, b, c, d};
+  __m128 half[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) half[i] = _mm_add_ps(_mm256_castps256_ps128(in[i]), _mm256_extractf128_ps(in[i], 1));
+  __m128 ab = _mm_add_ps(_mm_unpacklo_ps(half[0], half[1]), _mm_unpackhi_ps(half[0], half[1]));
+  __m128 cd = _mm_add_ps(_mm_unpacklo_ps(half[2], half[3]), _mm_unpackhi_ps(half[2], half[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
 }
 
 FFF_INLINE void split_bf16(__m256i pairs, vec* even, vec* odd) {
@@ -140,6 +165,12 @@ FFF_INLINE void store_first(float* p, vec a, int n) {
   memcpy(p, lanes, n * sizeof(float));
 }
 FFF_INLINE float sum_lanes(vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+FFF_INLINE void sum_lanes4(vec a, vec b, vec c, vec d, float* out) {
+  out[0] = sum_lanes(a);
+  out[1] = sum_lanes(b);
+  out[2] = sum_lanes(c);
+  out[3] = sum_lanes(d);
+}
 
 FFF_INLINE void load_bf16(const uint16_t* p, vec* even, vec* odd) {
   for (int i = 0; i < kWidth; ++i) {
@@ -176,6 +207,14 @@ FFF_INLINE void store_bf16_first(uint16_t* p, vec even, vec odd, int n) {
 }
 #endif
 
+// Keeps a value that several products share in a register; compilers would load it again for each of them.
+FFF_INLINE vec in_register(vec a) {
+#if defined(__x86_64__)
+  asm("" : "+v"(a));
+#endif
+  return a;
+}
+
 constexpr int kPair = 2 * kWidth;  // elements that two vectors hold
 
 // Into the second-level cache: prefetches into the first one queue behind its few outstanding misses and bring half
@@ -200,6 +239,7 @@ FFF_INLINE void finish_streams() {
 // How rows of one element type are read and written, a pair of vectors at a time.
 struct F32 {
   typedef float type;
+  static constexpr bool kIsFloat = true;
   FFF_INLINE float one() { return 1.0f; }
   FFF_INLINE float widen(float a) { return a; }
   FFF_INLINE void load2(const float* p, vec* a, vec* b) {
@@ -226,6 +266,7 @@ struct F32 {
 
 struct BF16 {
   typedef uint16_t type;
+  static constexpr bool kIsFloat = false;
   FFF_INLINE uint16_t one() { return 0x3f80; }
   FFF_INLINE float widen(uint16_t a) {
     const uint32_t word = (uint32_t)a << 16;

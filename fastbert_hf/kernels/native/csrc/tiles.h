@@ -113,21 +113,19 @@ FFF_INLINE void sum_tile(const SumRows<E>& s, int64_t column, int n) {
     for (int c = 0; c < 2 * C; ++c) sum[t][c] = s.first ? zero() : load(s.wide[t] + column + c * kWidth);
   for (int64_t k = 0; k < s.num_nodes; ++k) {
     const typename E::type* row = s.rows[k] + column;
-    vec scale[T];
-#pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) scale[t] = broadcast(s.coefficients[t][k]);
+    vec w[2 * C];
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
-      vec w0, w1;
       if (PARTIAL)
-        E::load2_first(row, n, &w0, &w1);
+        E::load2_first(row, n, &w[0], &w[1]);
       else
-        E::load2(row + c * kPair, &w0, &w1);
+        E::load2(row + c * kPair, &w[2 * c], &w[2 * c + 1]);
+    }
 #pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) {
-        sum[t][2 * c] = fma(scale[t], w0, sum[t][2 * c]);
-        sum[t][2 * c + 1] = fma(scale[t], w1, sum[t][2 * c + 1]);
-      }
+    for (int t = 0; t < T; ++t) {
+      const vec scale = broadcast(s.coefficients[t][k]);
+#pragma GCC unroll 16
+      for (int c = 0; c < 2 * C; ++c) sum[t][c] = fma(scale, w[c], sum[t][c]);
     }
   }
 #pragma GCC unroll 16

@@ -13,7 +13,6 @@ other. Calls that need none of that machinery go to the backend directly: the di
 at N = 1.
 """
 
-import os
 from typing import Protocol
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from .backends_fastbert import BACKEND_VARIABLE, backend_for, chosen_backend, register_backends, use_backend
 from .fff_reference import (
     accumulation_dtype,
     check_arguments,
@@ -29,8 +29,9 @@ from .fff_reference import (
     fff_traceable,
 )
 
-BACKEND_VARIABLE = "FASTBERT_BACKEND"
-PLAIN_TYPES = (Tensor, Parameter)  # subclasses may have no storage of their own, or ask for more than numbers
+__all__ = ["BACKENDS", "BACKEND_VARIABLE", "Backend", "ReferenceBackend", "fff", "select_backend", "use_backend"]
+
+PLAIN_TYPES = (Tensor, Parameter)  # subclasses may have no storage of their own, or intercept the call
 
 
 class Backend(Protocol):
@@ -76,80 +77,18 @@ class ReferenceBackend:
         return fff_forward(*args)[0]
 
 
-try:  # kernels live in the installed package only; code loaded from the Hub runs without them
-    from fastbert_hf.kernels import KERNEL_BACKENDS
-except ModuleNotFoundError as error:
-    if (error.name or "").partition(".")[0] != "fastbert_hf":
-        raise
-    KERNEL_BACKENDS = ()
-
-# in order of preference: the first that supports a call takes it
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (*KERNEL_BACKENDS, ReferenceBackend())}
-
-
-class use_backend:
-    """Choose the backend for the whole process, as a call or for the length of a `with` block.
-
-    The choice is the environment variable FASTBERT_BACKEND, so that worker processes inherit it; it is never stored
-    in a configuration. A chosen backend that cannot take a call raises a ValueError that says why.
-
-    Args:
-        name: a key of `BACKENDS`, or "auto" (the default) for the first that supports a call.
-    Raises:
-        ValueError: unknown name, or a backend that is not available on this machine.
-    """
-
-    def __init__(self, name: str):
-        if name != "auto":
-            reason = _named_backend(name).unavailable()
-            if reason is not None:
-                raise ValueError(f"FFF backend {name!r} is not available: {reason}")
-        self.name = name
-        self._set()
-
-    def _set(self) -> None:
-        self.previous = os.environ.get(BACKEND_VARIABLE)
-        self.chosen = True
-        os.environ[BACKEND_VARIABLE] = self.name
-
-    def __enter__(self):
-        if not self.chosen:  # entered a second time
-            self._set()
-        return self
-
-    def __exit__(self, *exc_info):
-        self.chosen = False
-        if self.previous is None:
-            os.environ.pop(BACKEND_VARIABLE, None)
-        else:
-            os.environ[BACKEND_VARIABLE] = self.previous
-
-
-def _named_backend(name: str) -> Backend:
-    if name not in BACKENDS:
-        raise ValueError(f"unknown FFF backend {name!r}; known: auto, {', '.join(BACKENDS)}")
-    return BACKENDS[name]
+BACKENDS = register_backends("fff", ReferenceBackend())
 
 
 def select_backend(
-    x: Tensor, weight_in: Tensor, weight_out: Tensor, trees: int, depth: int, activation: str
+    x: Tensor, weight_in: Tensor, weight_out: Tensor, trees: int, depth: int, activation: str, default: str = ""
 ) -> Backend:
-    """The backend that takes this call: the chosen one, else the first that supports it.
+    """The backend that takes this call: the chosen one, otherwise the first that supports it.
 
     Raises:
         ValueError: the chosen backend is unknown or declines; the message gives its reason.
     """
-    chosen = os.environ.get(BACKEND_VARIABLE, "auto")
-    if chosen not in ("auto", ""):
-        backend = _named_backend(chosen)
-        reason = backend.unavailable() or backend.supports(x, weight_in, weight_out, trees, depth, activation)
-        if reason is not None:
-            raise ValueError(f"FFF backend {chosen!r} cannot take this call: {reason}")
-        return backend
-    for backend in BACKENDS.values():
-        if backend.supports(x, weight_in, weight_out, trees, depth, activation) is None:
-            return backend
-    raise AssertionError("the reference backend supports every call")
+    return backend_for("fff", x, weight_in, weight_out, trees, depth, activation, default=default)
 
 
 def _register_op() -> None:
@@ -185,14 +124,20 @@ def _register_op() -> None:
     backward_op = _register_backward_op()
 
     def setup_context(ctx, inputs, output):
-        x, weight_in, bias_in, weight_out, _, _, ctx.activation = inputs
+        x, weight_in, bias_in, weight_out, trees, depth, ctx.activation = inputs
         _, visited, logits = output
+        # Backward may run in a thread of the autograd engine, which has no choice of its own. While a compiler
+        # traces, no backend has run yet: then backward gets the choice that holds now as its default.
+        is_traced = type(x) not in PLAIN_TYPES
+        ctx.backend = "" if is_traced else select_backend(x, weight_in, weight_out, trees, depth, ctx.activation).name
+        ctx.default = chosen_backend() or ""
         ctx.mark_non_differentiable(visited, logits)
         ctx.save_for_backward(x, weight_in, bias_in, weight_out, visited, logits)
 
     def backward(ctx, grad_y, _grad_visited, _grad_logits):
         output_mask = list(ctx.needs_input_grad[:4])
-        gradients = iter(backward_op(grad_y, *ctx.saved_tensors, ctx.activation, output_mask))
+        call = (grad_y, *ctx.saved_tensors, ctx.activation, output_mask, ctx.backend, ctx.default)
+        gradients = iter(backward_op(*call))
         return (*(next(gradients) if wanted else None for wanted in output_mask), None, None, None)
 
     op.register_autograd(backward, setup_context=setup_context)
@@ -200,7 +145,11 @@ def _register_op() -> None:
 
 
 def _register_backward_op():
-    """Register `fastbert::fff_backward_v1`: returns the wanted gradients only, in the order of the inputs."""
+    """Register `fastbert::fff_backward_v1`: returns the wanted gradients only, in the order of the inputs.
+
+    `backend` is the name of the one that took forward. Where that is not known, `default` is the choice for threads
+    that have none.
+    """
 
     @torch.library.custom_op("fastbert::fff_backward_v1", mutates_args=())
     def backward_op(
@@ -213,16 +162,21 @@ def _register_backward_op():
         logits: Tensor,
         activation: str,
         output_mask: list[bool],
+        backend: str = "",
+        default: str = "",
     ) -> list[Tensor]:
         trees, depth = logits.shape[1], logits.shape[2] - 1
-        backend = select_backend(x, weight_in, weight_out, trees, depth, activation)
-        gradients = backend.backward(
+        if backend in BACKENDS:
+            taken = BACKENDS[backend]
+        else:
+            taken = select_backend(x, weight_in, weight_out, trees, depth, activation, default)
+        gradients = taken.backward(
             grad_y, x, weight_in, bias_in, weight_out, visited, logits, activation, output_mask
         )
         return [gradient for gradient in gradients if gradient is not None]
 
     @backward_op.register_fake
-    def _(grad_y, x, weight_in, bias_in, weight_out, visited, logits, activation, output_mask):
+    def _(grad_y, x, weight_in, bias_in, weight_out, visited, logits, activation, output_mask, *_):
         inputs = (x, weight_in, bias_in, weight_out)
         return [x.new_empty(t.shape) for t, wanted in zip(inputs, output_mask) if wanted]
 

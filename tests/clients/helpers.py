@@ -9,7 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-from fastbert_hf import FastBertConfig, use_backend
+from fastbert_hf import FastBertConfig
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -78,8 +78,8 @@ def run_without_package(script: str, *arguments: object, cwd: Path, timeout: int
 
     The script runs in `cwd`, which also holds the cache of code loaded from model folders.
     """
-    with use_backend("auto"):  # kernels stay behind with the package
-        return run_python(BLOCK_PACKAGE + script, *arguments, cwd=cwd, timeout=timeout)
+    kernels_stay_behind = 'import os; os.environ["FASTBERT_BACKEND"] = "auto"\n'
+    return run_python(kernels_stay_behind + BLOCK_PACKAGE + script, *arguments, cwd=cwd, timeout=timeout)
 
 
 def run_python(script: str, *arguments: object, cwd: Path, timeout: int = 240) -> str:

@@ -31,6 +31,7 @@ MODEL_CLASSES = {
     "AutoModelForMultipleChoice": FastBertForMultipleChoice,
 }
 BUNDLE = {
+    "backends_fastbert.py",
     "checkpoint_fastbert.py",
     "configuration_fastbert.py",
     "modeling_fastbert.py",

@@ -1,6 +1,5 @@
 """The op and its reference backend against the dense-and-mask oracle and the recorded layer fixtures."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fastbert_hf import FastFeedForward, fff, use_backend
-from fastbert_hf.fff_op import BACKENDS, ReferenceBackend, select_backend
+from fastbert_hf.fff_op import BACKENDS
 from fastbert_hf.fff_reference import fff_traceable, nodes_per_tree
 from tests.oracle import dense_and_mask
 
@@ -268,15 +267,6 @@ def test_forward_mode_derivatives_are_refused():
         torch.func.jvp(lambda x: fff(x, weight_in, bias_in, weight_out, 1, 3), (x,), (x,))
 
 
-def test_a_choice_of_backend_can_be_entered_again(monkeypatch):
-    monkeypatch.delenv("FASTBERT_BACKEND", raising=False)
-    choice = use_backend("reference")
-    for _ in range(2):
-        with choice:
-            assert os.environ["FASTBERT_BACKEND"] == "reference"
-        assert "FASTBERT_BACKEND" not in os.environ
-
-
 def test_traceable_form_equals_the_op():
     for shape in SHAPES:
         *_, trees, depth = shape
@@ -332,49 +322,6 @@ def test_bad_arguments_raise_a_value_error_that_names_them(message):
     } | BAD_CALLS[message]
     with pytest.raises(ValueError, match=message):
         fff(**call)
-
-
-class DecliningBackend(ReferenceBackend):
-    name = "declining"
-
-    def supports(self, *call):
-        return "it is Tuesday"
-
-
-class MissingBackend(ReferenceBackend):
-    name = "missing"
-
-    def unavailable(self):
-        return "no compiler was found"
-
-    def supports(self, *call):
-        return self.unavailable()
-
-
-def test_the_choice_of_backend_gives_its_reasons(monkeypatch):
-    monkeypatch.delenv("FASTBERT_BACKEND", raising=False)
-    x, weight_in, _, weight_out = make_inputs(2, 8, 8, 1, 3)
-    call = (x, weight_in, weight_out, 1, 3, "gelu")
-    first = {"declining": DecliningBackend(), "missing": MissingBackend()}
-    reference = BACKENDS["reference"]
-    monkeypatch.setattr("fastbert_hf.fff_op.BACKENDS", first | {"reference": reference})
-    assert select_backend(*call) is reference
-    with use_backend("declining"):
-        with pytest.raises(ValueError, match="'declining' cannot take this call: it is Tuesday"):
-            fff(x, weight_in, None, weight_out, 1, 3)
-        with use_backend("reference"):
-            assert select_backend(*call) is reference
-        assert os.environ["FASTBERT_BACKEND"] == "declining"
-    assert "FASTBERT_BACKEND" not in os.environ
-    with pytest.raises(ValueError, match="'missing' is not available: no compiler was found"):
-        use_backend("missing")
-    with pytest.raises(ValueError, match="unknown FFF backend 'tpu'; known: auto, declining"):
-        use_backend("tpu")
-    monkeypatch.setenv("FASTBERT_BACKEND", "tpu")
-    with pytest.raises(ValueError, match="unknown FFF backend 'tpu'"):
-        fff(x, weight_in, None, weight_out, 1, 3)
-    use_backend("auto")
-    assert select_backend(*call) is reference
 
 
 def test_backends_are_listed_with_reasons():

@@ -17,6 +17,8 @@ from fastbert_hf import crammed
 from fastbert_hf.configuration_fastbert import FastBertConfig
 from fastbert_hf.fff_layer import FastFeedForward
 from fastbert_hf.fff_op import fff, use_backend
+from fastbert_hf.leaf_layer import LeafFeedForward
+from fastbert_hf.leaf_op import leaf_trees
 from fastbert_hf.modeling_fastbert import (
     FastBertForMaskedLM,
     FastBertForMultipleChoice,
@@ -52,7 +54,9 @@ __all__ = [
     "FastBertModel",
     "FastBertPreTrainedModel",
     "FastFeedForward",
+    "LeafFeedForward",
     "crammed",
     "fff",
+    "leaf_trees",
     "use_backend",
 ]

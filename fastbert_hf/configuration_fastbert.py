@@ -55,8 +55,11 @@ class FastBertConfig(PreTrainedConfig):
         max_position_embeddings: longest sequence, in tokens.
         ffn_type: "fff" (trees) or "dense" (a plain feed-forward block, the baseline).
         fff_depth: depth D of a tree; it has 2^(D+1) - 1 neurons and a token uses D + 1 of them.
+        fff_leaf_width: None for trees of single neurons, the published form, where every node that a token visits
+            adds to the output. An integer w makes leaf trees: 2^D leaves of w neurons behind D decisions, and a token
+            uses one leaf of each tree.
         fff_trees: number P of trees in a layer; every token walks all of them.
-        fff_bias: whether the trees' neurons have a bias.
+        fff_bias: whether the trees' neurons have a bias, and the leaves of leaf trees an output bias.
         intermediate_size: width of the dense block. dense_gated: whether it is a gated unit (GLU).
         hidden_act: "gelu" (exact), "gelu_tanh", "relu" or "silu", in trees, dense blocks and the MLM transform.
         norm_scheme: "pre" (norm before attention and feed-forward) or "post" (after the addition, as in BERT).
@@ -91,6 +94,7 @@ class FastBertConfig(PreTrainedConfig):
     max_position_embeddings: int = 128
     ffn_type: Literal["fff", "dense"] = "fff"
     fff_depth: int = 11
+    fff_leaf_width: int | None = None
     fff_trees: int = 1
     fff_bias: bool = True
     intermediate_size: int = 3072
@@ -134,12 +138,18 @@ class FastBertConfig(PreTrainedConfig):
     @property
     def neurons_per_token(self) -> int:
         """Feed-forward neurons that one token uses in one layer."""
-        return self.fff_trees * (self.fff_depth + 1) if self.ffn_type == "fff" else self.intermediate_size
+        if self.ffn_type != "fff":
+            return self.intermediate_size
+        return self.fff_trees * (self.fff_leaf_width or self.fff_depth + 1)
 
     @property
     def neurons_per_layer(self) -> int:
         """Feed-forward neurons that one layer holds."""
-        return self.fff_trees * (2 ** (self.fff_depth + 1) - 1) if self.ffn_type == "fff" else self.intermediate_size
+        if self.ffn_type != "fff":
+            return self.intermediate_size
+        if self.fff_leaf_width is not None:
+            return self.fff_trees * 2**self.fff_depth * self.fff_leaf_width
+        return self.fff_trees * (2 ** (self.fff_depth + 1) - 1)
 
     def validate_ranges(self):
         """Numbers outside their range."""
@@ -150,6 +160,7 @@ class FastBertConfig(PreTrainedConfig):
             "num_attention_heads": (1, None),
             "max_position_embeddings": (1, None),
             "fff_depth": (0, 24),
+            "fff_leaf_width": (1, None),
             "fff_trees": (1, None),
             "intermediate_size": (1, None),
             "type_vocab_size": (0, None),
@@ -182,6 +193,12 @@ class FastBertConfig(PreTrainedConfig):
                 f"pad_token_id is {self.pad_token_id}; expected None or a value between 0 and vocab_size - 1, "
                 f"{self.vocab_size - 1}"
             )
+        if self.fff_leaf_width is not None and self.ffn_type != "fff":
+            raise ValueError(
+                f"fff_leaf_width is {self.fff_leaf_width} with ffn_type {self.ffn_type!r}; only 'fff' layers have leaves"
+            )
+        if self.fff_leaf_width is not None and self.fff_depth > 12:
+            raise ValueError(f"fff_depth is {self.fff_depth}; expected at most 12 for leaf trees")
         if self.dense_gated and self.ffn_type != "dense":
             raise ValueError(f"dense_gated is True with ffn_type {self.ffn_type!r}; only 'dense' blocks are gated")
 

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_fastbert import FastBertConfig
 from .fff_layer import FastFeedForward
 from .fff_reference import ACTIVATIONS
+from .leaf_layer import LeafFeedForward
 
 
 def sinusoidal_positions(max_positions: int, hidden_size: int) -> Tensor:
@@ -163,9 +164,20 @@ class FastBertDenseFeedForward(nn.Module):
 
 
 def feed_forward(config: FastBertConfig) -> nn.Module:
-    """The feed-forward block that `config.ffn_type` names."""
+    """The feed-forward block that the configuration asks for: dense, leaf trees, or trees of single neurons."""
     if config.ffn_type == "dense":
         return FastBertDenseFeedForward(config)
+    if config.fff_leaf_width is not None:
+        return LeafFeedForward(
+            config.hidden_size,
+            config.hidden_size,
+            config.fff_depth,
+            config.fff_leaf_width,
+            config.fff_trees,
+            config.hidden_act,
+            config.fff_bias,
+            initializer_range=config.initializer_range,
+        )
     return FastFeedForward(
         config.hidden_size,
         config.hidden_size,

@@ -10,6 +10,20 @@ from .fff_reference import ACTIVATIONS, nodes_per_tree
 MAX_DEPTH = 24  # 33 million nodes a tree
 
 
+def check_sizes(activation: str, **sizes: tuple[int, int, int | None]) -> None:
+    """Check a layer's arguments: each size is (value, least, most), `most` may be None.
+
+    Raises:
+        ValueError: a size outside its range or an unknown activation.
+    """
+    for name, (value, least, most) in sizes.items():
+        if not isinstance(value, int) or value < least or (most is not None and value > most):
+            limit = "" if most is None else f" and at most {most}"
+            raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}{limit}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+
+
 class FastFeedForward(nn.Module):
     """A feed-forward layer made of binary trees of neurons; each row uses depth + 1 neurons of each tree.
 
@@ -39,17 +53,13 @@ class FastFeedForward(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        for name, value, least, most in (
-            ("in_features", in_features, 1, None),
-            ("out_features", out_features, 1, None),
-            ("depth", depth, 0, MAX_DEPTH),
-            ("trees", trees, 1, None),
-        ):
-            if not isinstance(value, int) or value < least or (most is not None and value > most):
-                limit = "" if most is None else f" and at most {most}"
-                raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}{limit}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+        check_sizes(
+            activation,
+            in_features=(in_features, 1, None),
+            out_features=(out_features, 1, None),
+            depth=(depth, 0, MAX_DEPTH),
+            trees=(trees, 1, None),
+        )
         self.in_features, self.out_features = in_features, out_features
         self.depth, self.trees, self.activation = depth, trees, activation
         self.initializer_range = initializer_range

@@ -3,7 +3,8 @@
 
     input_ids (B, T) -> embeddings -> hidden (B, T, H) -> L layers -> final norm -> head -> logits
 
-The parts of a layer are in encoder_fastbert.py, those of the heads in heads_fastbert.py, the trees in fff_layer.py.
+The parts of a layer are in encoder_fastbert.py, those of the heads in heads_fastbert.py, the trees in fff_layer.py
+and leaf_layer.py.
 Sizes: B batch, T tokens, H hidden,
 V vocabulary. Source: arXiv 2311.10770.
 """
@@ -29,6 +30,7 @@ from .configuration_fastbert import FastBertConfig
 from .encoder_fastbert import FastBertAttention, FastBertEmbeddings, FastBertLayer, sinusoidal_positions, visible_keys
 from .fff_layer import FastFeedForward
 from .heads_fastbert import FastBertMLMHead, FastBertPooler, labelled_positions
+from .leaf_layer import LeafFeedForward
 
 
 class FastBertPreTrainedModel(PreTrainedModel):
@@ -62,6 +64,13 @@ class FastBertPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight_out, std=self.config.initializer_range)
             if module.bias_in is not None:
                 init.zeros_(module.bias_in)
+        elif isinstance(module, LeafFeedForward):
+            init.normal_(module.router, std=module.router_std)
+            init.normal_(module.weight_in, std=self.config.initializer_range)
+            init.normal_(module.weight_out, std=self.config.initializer_range)
+            for bias in (module.threshold, module.bias_in, module.bias_out):
+                if bias is not None:
+                    init.zeros_(bias)
         elif isinstance(module, FastBertEmbeddings) and module.sinusoidal:
             init.constant_(module.position_scale, module.hidden_size**-0.5)
             init.copy_(module.positions, sinusoidal_positions(module.max_positions, module.hidden_size))

@@ -1,7 +1,7 @@
 """Compiled backends by op, in order of preference; `python -m fastbert_hf.kernels` lists what runs here."""
 
-from .native import NativeBackend
+from .native import NativeBackend, NativeLeafBackend
 from .triton import TritonBackend
 
 KERNEL_BACKENDS: tuple = (NativeBackend(), TritonBackend())  # the name that code saved with older models imports
-BACKENDS_BY_OP: dict[str, tuple] = {"fff": KERNEL_BACKENDS}
+BACKENDS_BY_OP: dict[str, tuple] = {"fff": KERNEL_BACKENDS, "leaf_trees": (NativeLeafBackend(),)}

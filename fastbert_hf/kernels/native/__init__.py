@@ -1,5 +1,6 @@
-"""The `native` backend: C++ kernels for CPUs behind a plain C ABI."""
+"""The `native` backends: C++ kernels for CPUs behind a plain C ABI."""
 
 from .backend import NativeBackend
+from .leaf_backend import NativeLeafBackend
 
-__all__ = ["NativeBackend"]
+__all__ = ["NativeBackend", "NativeLeafBackend"]

@@ -9,12 +9,15 @@ from pathlib import Path
 import torch
 
 INSTRUCTION_SET_VARIABLE = "FASTBERT_NATIVE_ISA"  # avx512, avx2 or generic; by default the best that the CPU has
-ABI_VERSION = 1
+ABI_VERSION = 2
 FOLDER = Path(__file__).resolve().parent
 
 # pointers, then sizes (N, H, H_out, P), then depth, activation, dtype, threads
 FORWARD_ARGUMENTS = [c_void_p] * 7 + [c_int64] * 4 + [c_int] * 4
 BACKWARD_ARGUMENTS = [c_void_p] * 10 + [c_int64] * 4 + [c_int] * 4
+# pointers, then sizes (N, H, H_out, P, w), then depth, activation, dtype, threads
+LEAF_FORWARD_ARGUMENTS = [c_void_p] * 12 + [c_int64] * 5 + [c_int] * 4
+LEAF_BACKWARD_ARGUMENTS = [c_void_p] * 17 + [c_int64] * 5 + [c_int] * 4
 
 
 class LibraryError(RuntimeError):
@@ -40,6 +43,9 @@ def _open_library() -> ctypes.CDLL:
         )
     library.fff_forward.argtypes = FORWARD_ARGUMENTS
     library.fff_backward.argtypes = BACKWARD_ARGUMENTS
+    library.fff_leaf_forward.argtypes = LEAF_FORWARD_ARGUMENTS
+    library.fff_leaf_backward.argtypes = LEAF_BACKWARD_ARGUMENTS
+    library.fff_leaf_forward.restype = library.fff_leaf_backward.restype = c_int
     library.fff_forward.restype = library.fff_backward.restype = c_int
     library.fff_instruction_set.restype = c_char_p
     library.fff_select_instruction_set.argtypes = [c_char_p]

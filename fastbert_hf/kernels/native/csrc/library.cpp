@@ -157,7 +157,7 @@ void sort_by_key(int32_t* rows, int32_t* spare, int64_t count, const uint32_t* k
 #define FFF_API extern "C" __attribute__((visibility("default")))
 
 // Raised with every change of a function's arguments: the loader refuses a library built from other sources.
-FFF_API int fff_abi_version() { return 1; }
+FFF_API int fff_abi_version() { return 2; }
 
 FFF_API void fff_set_parallel_region(void* gomp_parallel) {
   memcpy(&fff::parallel_region, &gomp_parallel, sizeof gomp_parallel);

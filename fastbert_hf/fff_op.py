@@ -219,7 +219,10 @@ def _runs_directly(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_
         or type(weight_in) not in PLAIN_TYPES
         or type(weight_out) not in PLAIN_TYPES
         or (bias_in is not None and type(bias_in) not in PLAIN_TYPES)
-        or x.is_neg()  # a sign that the dispatcher resolves
+        or x.is_neg()  # a sign that the dispatcher resolves and a data pointer does not show
+        or weight_in.is_neg()
+        or weight_out.is_neg()
+        or (bias_in is not None and bias_in.is_neg())
         or (
             torch.is_grad_enabled()
             and (

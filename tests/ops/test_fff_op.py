@@ -258,7 +258,20 @@ def test_tensor_subclasses_and_negative_views_go_through_the_dispatcher():
         call = [x, weight_in, bias_in, weight_out]
         call[index] = Wrapper(call[index])
         assert torch.equal(fff(*call, 1, 3), expected)
-    assert torch.equal(fff(torch._neg_view(-x), weight_in, bias_in, weight_out, 1, 3), expected)
+        call[index] = torch._neg_view(-[x, weight_in, bias_in, weight_out][index])
+        assert call[index].is_neg() and torch.equal(fff(*call, 1, 3), expected)
+    conjugate = torch.complex(torch.zeros_like(x), -x).conj()
+    assert torch.equal(fff(conjugate.imag, weight_in, bias_in, weight_out, 1, 3), expected)
+
+
+def test_negative_views_have_the_gradients_of_what_they_show():
+    inputs = make_inputs(4, 8, 8, 1, 3, dtype=torch.float32)
+    grad_y = torch.randn(4, 8)
+    expected, negated = leaves(inputs), leaves([-t for t in inputs])
+    fff(*expected, 1, 3).backward(grad_y)
+    fff(*map(torch._neg_view, negated), 1, 3).backward(torch._neg_view(-grad_y))
+    for ours, theirs in zip(negated, expected, strict=True):
+        assert torch.equal(ours.grad, -theirs.grad)
 
 
 def test_forward_mode_derivatives_are_refused():

@@ -31,7 +31,7 @@ struct BackwardTensors {
   void *grad_x, *grad_weight_in, *grad_bias_in, *grad_weight_out;  // null where not wanted
 };
 
-enum Status { kDone = 0, kNoMemory = 1, kBadPath = 2, kBadArgument = 3 };
+enum Status { kDone = 0, kNoMemory = 1, kBadPath = 2, kBadArgument = 3, kNoData = 4 };
 
 // One entry per element type: float32, bfloat16.
 struct Kernels {

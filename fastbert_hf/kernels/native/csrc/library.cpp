@@ -26,12 +26,16 @@ namespace {
 const Kernels* chosen = nullptr;
 
 // GOMP_parallel of the OpenMP runtime that torch has loaded: this library links none of its own, so both share one
-// pool of threads. Null: everything runs on the calling thread.
+// pool of threads. Null: everything runs on the calling thread; `forked` says why.
 typedef void (*ParallelRegion)(void (*)(void*), void*, unsigned, unsigned);
 ParallelRegion parallel_region = nullptr;
+bool forked = false;
 
 // OpenMP's threads do not exist in a forked child, and a region there would wait for them for ever.
-void forget_threads() { parallel_region = nullptr; }
+void forget_threads() {
+  parallel_region = nullptr;
+  forked = true;
+}
 
 struct Region {
   void (*task)(void*, int64_t, int);
@@ -86,16 +90,24 @@ void expect_writes(void* buffer, int64_t bytes) {
 }
 
 // A thread is worth waking for about ten microseconds of products.
-int useful_threads(const Shape& s) {
-  const int64_t products_per_row = s.visits() * (s.in_width + s.out_width), per_thread = 150000;
-  const int64_t rows_per_thread = max64(1, per_thread / max64(1, products_per_row));
-  return (int)max64(1, min64(s.threads, s.num_rows / rows_per_thread));
+constexpr int64_t kProductsPerThread = 150000, kProductsPerWrite = 6;
+
+int useful_threads(const Shape& s, int64_t products_per_row, int64_t other_products = 0) {
+  const int64_t rows_per_thread = max64(1, kProductsPerThread / max64(1, products_per_row));
+  const int64_t useful = max64(s.num_rows / rows_per_thread, other_products / kProductsPerThread);
+  return (int)max64(1, min64(s.threads, useful));
 }
 
 bool in_range(const Shape& s, int dtype) {
   return s.num_rows > 0 && s.in_width >= 0 && s.out_width >= 0 && s.trees >= 1 && s.depth >= 0 && s.depth <= 30 &&
          s.activation >= 0 && s.activation <= 3 && s.threads >= 1 && (dtype == 0 || dtype == 1);
 }
+
+// Tensors without memory of their own (zeros that torch has not written yet) have null pointers.
+bool missing(const void* tensor, int64_t count) { return count > 0 && !tensor; }
+
+// Forward walks a large call in chunks. Backward sorts all rows at once, by numbers of type int32_t.
+bool rows_in_range(const Shape& s) { return s.num_rows <= INT32_MAX; }
 
 }  // namespace
 
@@ -142,11 +154,14 @@ void sort_by_key(int32_t* rows, int32_t* spare, int64_t count, const uint32_t* k
 #define FFF_API extern "C" __attribute__((visibility("default")))
 
 // Raised with every change of a function's arguments: the loader refuses a library built from other sources.
-FFF_API int fff_abi_version() { return 1; }
+FFF_API int fff_abi_version() { return 2; }
 
 FFF_API void fff_set_parallel_region(void* gomp_parallel) {
   memcpy(&fff::parallel_region, &gomp_parallel, sizeof gomp_parallel);
 }
+
+// 0: a parallel region was set and is used; 1: none was set; 2: this process was forked, its parent has the threads.
+FFF_API int fff_threads_state() { return fff::forked ? 2 : (fff::parallel_region ? 0 : 1); }
 
 FFF_API const char* fff_instruction_set() { return fff::chosen->name; }
 
@@ -165,7 +180,10 @@ FFF_API int fff_forward(const void* x, const void* weight_in, const void* bias_i
                         int64_t trees, int depth, int activation, int dtype, int threads) {
   fff::Shape shape = {num_rows, in_width, out_width, trees, depth, activation, threads};
   if (!fff::in_range(shape, dtype)) return fff::kBadArgument;
-  shape.threads = fff::useful_threads(shape);
+  if (fff::missing(x, in_width) || fff::missing(weight_in, in_width) || fff::missing(weight_out, out_width) ||
+      fff::missing(y, out_width))
+    return fff::kNoData;
+  shape.threads = fff::useful_threads(shape, shape.visits() * (in_width + out_width));
   const int64_t size = dtype == 0 ? 4 : 2;
   fff::expect_writes(y, num_rows * out_width * size);
   return fff::chosen->forward[dtype](shape, {x, weight_in, bias_in, weight_out, y, visited, logits});
@@ -175,9 +193,17 @@ FFF_API int fff_backward(const void* grad_y, const void* x, const void* weight_i
                          const int32_t* visited, const float* logits, void* grad_x, void* grad_weight_in,
                          void* grad_bias_in, void* grad_weight_out, int64_t num_rows, int64_t in_width,
                          int64_t out_width, int64_t trees, int depth, int activation, int dtype, int threads) {
-  const fff::Shape shape = {num_rows, in_width, out_width, trees, depth, activation, threads};
-  if (!fff::in_range(shape, dtype)) return fff::kBadArgument;
+  fff::Shape shape = {num_rows, in_width, out_width, trees, depth, activation, threads};
+  if (!fff::in_range(shape, dtype) || !fff::rows_in_range(shape)) return fff::kBadArgument;
   const int64_t size = dtype == 0 ? 4 : 2, nodes = shape.trees * shape.nodes();
+  if (fff::missing(grad_y, out_width) || fff::missing(x, in_width) || fff::missing(weight_in, in_width) ||
+      fff::missing(weight_out, out_width) || !visited || !logits)
+    return fff::kNoData;
+  const bool through_logits = grad_x || grad_weight_in || grad_bias_in;
+  const int64_t widths = (through_logits ? out_width : 0) + (grad_x ? in_width : 0) +
+                         (grad_weight_in ? in_width : 0) + (grad_weight_out ? out_width : 0);
+  const int64_t written = nodes * ((grad_weight_in ? in_width : 0) + (grad_weight_out ? out_width : 0));
+  shape.threads = fff::useful_threads(shape, shape.visits() * widths, written * fff::kProductsPerWrite);
   fff::expect_writes(grad_x, num_rows * in_width * size);
   fff::expect_writes(grad_weight_in, nodes * in_width * size);
   fff::expect_writes(grad_weight_out, nodes * out_width * size);

@@ -89,7 +89,9 @@ def check_leaf_arguments(
 # ---- routes ----
 
 
-def find_routes(x: Tensor, router: Tensor, threshold: Tensor, trees: int, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+def find_routes(
+    x: Tensor, router: Tensor, threshold: Tensor, trees: int, depth: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Walk the routers: l = <x, router[node]> - threshold[node]; l > 0 goes right, otherwise (0, -0, NaN) left.
 
     Args:

@@ -1,15 +1,25 @@
-"""Print which backends of the FFF op run on this machine, and why the others do not."""
+"""Print which backends of each op run on this machine and how, and why the others do not."""
 
 import torch
 
-from fastbert_hf.fff_op import BACKEND_VARIABLE, BACKENDS, select_backend
+from fastbert_hf.backends_fastbert import BACKEND_VARIABLE, BACKENDS
+from fastbert_hf.fff_op import select_backend
+
+
+def state(backend) -> str:
+    """Whether a backend is available, with what it says of itself, or why not."""
+    reason = backend.unavailable()
+    if reason is not None:
+        return f"not available: {reason}"
+    return f"available: {backend.describe()}" if hasattr(backend, "describe") else "available"
 
 
 def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CUDA: {torch.cuda.is_available()}")
-    for backend in BACKENDS.values():
-        reason = backend.unavailable()
-        print(f"  {backend.name:10s} {'available' if reason is None else 'not available: ' + reason}")
+    for op, backends in BACKENDS.items():
+        print(f"backends of the op {op}:")
+        for backend in backends.values():
+            print(f"  {backend.name:10s} {state(backend)}")
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert_hf import FastFeedForward, fff, use_backend
 from fastbert_hf.fff_op import BACKENDS
-from fastbert_hf.fff_reference import fff_traceable, nodes_per_tree
+from fastbert_hf.fff_reference import fff_forward, fff_traceable, gathered_dots, nodes_per_tree
 from tests.oracle import dense_and_mask
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -258,7 +259,20 @@ def test_tensor_subclasses_and_negative_views_go_through_the_dispatcher():
         call = [x, weight_in, bias_in, weight_out]
         call[index] = Wrapper(call[index])
         assert torch.equal(fff(*call, 1, 3), expected)
-    assert torch.equal(fff(torch._neg_view(-x), weight_in, bias_in, weight_out, 1, 3), expected)
+        call[index] = torch._neg_view(-[x, weight_in, bias_in, weight_out][index])
+        assert call[index].is_neg() and torch.equal(fff(*call, 1, 3), expected)
+    conjugate = torch.complex(torch.zeros_like(x), -x).conj()
+    assert torch.equal(fff(conjugate.imag, weight_in, bias_in, weight_out, 1, 3), expected)
+
+
+def test_negative_views_have_the_gradients_of_what_they_show():
+    inputs = make_inputs(4, 8, 8, 1, 3, dtype=torch.float32)
+    grad_y = torch.randn(4, 8)
+    expected, negated = leaves(inputs), leaves([-t for t in inputs])
+    fff(*expected, 1, 3).backward(grad_y)
+    fff(*map(torch._neg_view, negated), 1, 3).backward(torch._neg_view(-grad_y))
+    for ours, theirs in zip(negated, expected, strict=True):
+        assert torch.equal(ours.grad, -theirs.grad)
 
 
 def test_forward_mode_derivatives_are_refused():
@@ -288,6 +302,44 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert int(output.strip().splitlines()[-1]) < 64
+
+
+class CountGathers(TorchDispatchMode):
+    """Counts how often rows of a weight are gathered."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.index.Tensor
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("device", "visits", "expected"), [("cpu", 1, 4), ("cpu", 12, 49), ("meta", 1, 1), ("meta", 12, 1)]
+)
+def test_chunks_fit_a_cache_on_cpus_and_fill_other_devices(device, visits, expected):
+    vectors, weight = torch.zeros(2048, 32, device=device), torch.zeros(4095, 32, device=device)
+    rows = torch.zeros(2048, visits, dtype=torch.int64, device=device)
+    with CountGathers() as gathers:
+        assert gathered_dots(vectors, weight, rows).shape == (2048, visits)
+    assert gathers.count == expected
+
+
+def test_chunks_on_other_devices_are_bounded_by_memory():
+    vectors, weight = torch.zeros(16384, 768, device="meta"), torch.zeros(4095, 768, device="meta")
+    rows = torch.zeros(16384, 12, dtype=torch.int64, device="meta")  # 604 MB if gathered at once
+    with CountGathers() as gathers:
+        gathered_dots(vectors, weight, rows)
+    assert gathers.count == 3
+
+
+def test_chunks_change_nothing(monkeypatch):
+    inputs = make_inputs(40, 16, 8, 2, 4, dtype=torch.float32)
+    expected = fff_forward(*inputs, 2, 4, "gelu")
+    monkeypatch.setattr("fastbert_hf.fff_reference.GATHERED_ROWS", 14)
+    assert all(torch.equal(a, b) for a, b in zip(fff_forward(*inputs, 2, 4, "gelu"), expected, strict=True))
 
 
 BAD_CALLS = {

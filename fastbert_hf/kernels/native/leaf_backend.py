@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastbert_hf.leaf_reference import check_leaf_arguments, leaves_per_tree
 
-from .backend import ACTIVATION_CODES, DTYPE_CODES, NativeBackend, _raise_status
+from .backend import ACTIVATION_CODES, DTYPE_CODES, MAX_BACKWARD_ROWS, NativeBackend, _raise_status
 from .library import load_library
 
 
@@ -84,6 +84,8 @@ class NativeLeafBackend(NativeBackend):
         found = check_leaf_arguments(*inputs, trees, depth, activation)
         if found != width or leaves_per_tree(depth) * trees * width != neurons:
             raise ValueError(f"logits are {width} wide; expected the leaf width {found}")
+        if num_rows > MAX_BACKWARD_ROWS:
+            raise ValueError(f"x has {num_rows} rows; expected at most {MAX_BACKWARD_ROWS} in one backward pass")
         allocate = torch.empty if num_rows else torch.zeros
         gradients = [
             allocate(t.shape, dtype=t.dtype) if wanted and t is not None else None

@@ -24,25 +24,34 @@ struct PathSum {
   bool streams;               // y is large
 };
 
+// The paths alone, with nothing to sum.
+template <class E>
+static PathSum<E> paths_of(const Shape& s, const void* weight, int64_t width, const uint32_t* leaves) {
+  PathSum<E> p = {};
+  p.num_rows = s.num_rows;
+  p.trees = s.trees;
+  p.levels = s.levels();
+  p.nodes = s.nodes();
+  p.width = width;
+  p.depth = s.depth;
+  p.threads = s.threads;
+  p.weight = (const typename E::type*)weight;
+  p.leaves = leaves;
+  return p;
+}
+
 // Trees of depth 0 have one node that every row visits: they are summed as one tree with one path of P nodes.
 template <class E>
 static PathSum<E> path_sum(const Shape& s, const void* weight, int64_t width, const float* coefficients,
                            const uint32_t* leaves, void* y) {
-  typedef const typename E::type* In;
-  typedef typename E::type* Out;
   const bool flat = s.depth == 0;
-  return {s.num_rows,
-          flat ? 1 : s.trees,
-          flat ? s.trees : s.levels(),
-          s.nodes(),
-          width,
-          s.depth,
-          s.threads,
-          (In)weight,
-          coefficients,
-          leaves,
-          (Out)y,
-          should_stream(y, s.num_rows, width * (int64_t)sizeof(typename E::type))};
+  PathSum<E> p = paths_of<E>(s, weight, width, leaves);
+  p.trees = flat ? 1 : s.trees;
+  p.levels = flat ? s.trees : s.levels();
+  p.coefficients = coefficients;
+  p.y = (typename E::type*)y;
+  p.streams = should_stream(y, s.num_rows, width * (int64_t)sizeof(typename E::type));
+  return p;
 }
 
 // Rows of weights on the path to a leaf, from level `first` on.

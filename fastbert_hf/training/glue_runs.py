@@ -14,8 +14,10 @@ from transformers import AutoConfig, TrainingArguments
 from fastbert_hf.data.atomic import write_text
 from fastbert_hf.data.glue import TASKS, TaskData, get_task
 from fastbert_hf.data.tokenizer import load_tokenizer
+from fastbert_hf.training.checkpoints import FRESH
 from fastbert_hf.training.classifier import ModelArguments, fit_head
-from fastbert_hf.training.finetuning import DataTrainingArguments, finetune, load_task
+from fastbert_hf.training.finetuning import finetune
+from fastbert_hf.training.glue_options import DataTrainingArguments, check_options_together, load_task
 from fastbert_hf.training.glue_submission import zip_submission
 from fastbert_hf.training.glue_table import write_table
 from fastbert_hf.training.publishing import RECORDED
@@ -138,10 +140,12 @@ def finetune_all(
     Raises:
         ValueError: for anything wrong in the options or the data, before training starts.
     """
-    options.check()
-    data.check(args)
+    check_options_together(options, data, args)
     check_options(args, data.max_seq_length)
     runs = plan_runs(options, data, args)
+    resumed = args.resume_from_checkpoint
+    if len(runs) > 1 and resumed and resumed.lower() not in (*FRESH, "true"):
+        raise ValueError(f"--resume_from_checkpoint {resumed!r} is a checkpoint of one run; {len(runs)} are wanted")
     loaded = {task: load_task(data, task, args) for task in dict.fromkeys(run.task for run in runs)}
     checkpoints = {run.checkpoint: _check(options, run.checkpoint, data, list(loaded.values())) for run in runs}
     if len(runs) == 1 and runs[0].folder == Path(args.output_dir):

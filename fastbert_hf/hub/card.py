@@ -1,6 +1,5 @@
 """The model card: `model_card.md` filled with what the model's folder knows. What is not known is left out."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fastbert_hf.configuration_fastbert import FastBertConfig
+from fastbert_hf.hub.json_files import read_json
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 WHOLE_MODEL = "whole encoder, inference"  # section of the benchmark
@@ -30,23 +30,6 @@ METRICS = {
 }
 METRIC_IDS = {"pearson": "pearsonr", "spearman": "spearmanr"}  # as https://hf.co/metrics calls them
 KEPT_METADATA = ("license", "license_name", "license_link", "language", "base_model", "datasets")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file.
-
-    Raises:
-        ValueError: the file is not a JSON object.
-    """
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(file)!r} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(file)!r} holds {type(content).__name__}; expected a JSON object")
-    return content
 
 
 def kept_metadata(folder: Path) -> dict[str, Any]:

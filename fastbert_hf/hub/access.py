@@ -83,8 +83,6 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
             raise ValueError(_failure(error, repo)) from error
         if is_unreachable(error):
             raise ValueError(f"the Hub cannot be reached for {repo}: {type(error).__name__}") from error
-        if isinstance(error, OSError) and error.errno is not None:  # a file here: not readable, not writable
-            raise ValueError(f"{error.filename or repo}: {error.strerror}") from error
         raise
 
 

@@ -19,7 +19,8 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from fastbert_hf.data.staging import remove_leftovers, temporary_folder
+from fastbert_hf.data.atomic import check_output_folder
+from fastbert_hf.data.staging import is_disk_full, remove_leftovers, temporary_folder
 from fastbert_hf.hub.access import check_write_access, explained, patiently
 from fastbert_hf.hub.card import render_card
 from fastbert_hf.hub.files import (
@@ -99,14 +100,29 @@ def prepared(source: Path, repo: str, options: PushOptions) -> Iterator[Prepared
     Raises:
         ValueError: `source` holds no whole FastBERT, or a file that would be pushed holds the token.
     """
-    with explained(repo):
-        parent = Path(tempfile.gettempdir())
-        for name in (STAGE, VERIFY):
-            remove_leftovers(parent, name)
-    with temporary_folder(parent, STAGE) as stage:
+    for name in (STAGE, VERIFY):
+        remove_leftovers(_temporary_parent(), name)
+    with temporary_folder(_temporary_parent(), STAGE) as stage:
         with explained(repo):
-            outputs = _fill(stage, Path(source), repo, options)
+            try:
+                outputs = _fill(stage, Path(source), repo, options)
+            except OSError as error:
+                if is_disk_full(error):
+                    raise
+                raise ValueError(f"{error.filename or source}: {error.strerror or error}") from error
         yield Prepared(stage, outputs)
+
+
+def _temporary_parent() -> Path:
+    """Where temporary folders are made.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    try:
+        return check_output_folder(tempfile.gettempdir())
+    except OSError as error:  # none of the usual places
+        raise ValueError(f"no temporary folder can be made: {error}; TMPDIR names another place") from error
 
 
 def _fill(stage: Path, source: Path, repo: str, options: PushOptions) -> list[torch.Tensor]:
@@ -231,7 +247,7 @@ def verify(api: HfApi, folder: Prepared, pushed: Pushed) -> None:
         ValueError: naming the file, or the difference of the outputs.
     """
     repo = pushed.repo
-    with temporary_folder(Path(tempfile.gettempdir()), VERIFY) as cache:
+    with temporary_folder(_temporary_parent(), VERIFY) as cache:
         listing = patiently(lambda: list(api.list_repo_tree(repo, revision=pushed.commit)))
         entries = {entry.path: entry for entry in listing if isinstance(entry, RepoFile)}
         names = [file.name for file in folder.files()]

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fastbert_hf.configuration_fastbert import FastBertConfig
 from fastbert_hf.hub.json_files import read_json
+from fastbert_hf.hub.origin import repository_address
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 WHOLE_MODEL = "whole encoder, inference"  # section of the benchmark
@@ -214,6 +215,7 @@ def render_card(
         template_path=str(TEMPLATE),
         model_id=repo,
         auto_class=auto_class,
+        repository=repository_address(),
         parameters=f"{parameters:,}",
         labels=", ".join(config.id2label.values()) if pipeline.endswith("classification") else "",
         has_tokenizer=(folder / "tokenizer_config.json").is_file(),

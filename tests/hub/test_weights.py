@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastbert_hf import FastBertForMaskedLM
+from fastbert_hf.benchmarks.routing import routing_changes
+from fastbert_hf.benchmarks.suite import trained_problem
 from fastbert_hf.hub import weights
 from fastbert_hf.hub.files import load_model
 from fastbert_hf.training import checkpoints
@@ -116,6 +118,13 @@ def test_training_refuses_an_index_that_leads_elsewhere(shards):
     change_index(shards, "../x.safetensors")
     with pytest.raises(ValueError, match=r"names '\.\./x\.safetensors'"):
         fit_head(ModelArguments(), str(shards), task=None)
+
+
+def test_benchmarks_refuse_an_index_that_leads_elsewhere(shards):
+    change_index(shards, "../x.safetensors")
+    for load in (trained_problem, routing_changes):
+        with pytest.raises(ValueError, match=r"names '\.\./x\.safetensors'"):
+            load(str(shards), "text.txt", 64)
 
 
 def damaged(content, damage):

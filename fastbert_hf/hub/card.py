@@ -1,6 +1,7 @@
 """The model card: `model_card.md` filled with what the model's folder knows. What is not known is left out."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,17 @@ def speed_table(file: Path, config: FastBertConfig) -> str:
     return "\n".join([f"Measured with `scripts/benchmark.py` on {described}.", "", *head, *rows])
 
 
+@contextmanager
+def _about(file: Path) -> Iterator[None]:
+    """Raise what a value of the wrong kind in a file causes as a ValueError that names the file."""
+    try:
+        yield
+    except (AttributeError, KeyError, RecursionError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{str(file)!r} holds something else than expected: {type(error).__name__}: {error}"
+        ) from error
+
+
 def render_card(
     folder: Path,
     config: FastBertConfig,
@@ -199,7 +211,14 @@ def render_card(
         ValueError: a file that is not what it should be.
     """
     summary, recipe = read_json(folder / SUMMARY), read_json(folder / RECIPE)
-    metadata = kept_metadata(folder) | ({"license": license} if license else {})
+    with _about(folder / "README.md"):
+        metadata = kept_metadata(folder) | ({"license": license} if license else {})
+    with _about(folder / SUMMARY):
+        evaluations = evaluation_results(summary)
+        sections = {"results": results_table(summary), "sources": sources_text(summary)}
+        sections |= {"limits": limits_text(summary, parameters), "training": training_text(summary, recipe)}
+    with _about(speed or folder):
+        sections["speed"] = speed_table(speed, config) if speed else ""
     pipeline, auto_class = PIPELINES[architecture]
     name = repo.rpartition("/")[2]
     data = ModelCardData(
@@ -207,7 +226,7 @@ def render_card(
         pipeline_tag=pipeline,
         tags=["fastbert", "fast-feedforward"],
         model_name=name,
-        eval_results=evaluation_results(summary) or None,
+        eval_results=evaluations or None,
         **metadata,
     )
     card = ModelCard.from_template(
@@ -219,11 +238,7 @@ def render_card(
         parameters=f"{parameters:,}",
         labels=", ".join(config.id2label.values()) if pipeline.endswith("classification") else "",
         has_tokenizer=(folder / "tokenizer_config.json").is_file(),
-        training=training_text(summary, recipe),
-        results=results_table(summary),
-        sources=sources_text(summary),
-        limits=limits_text(summary, parameters),
-        speed=speed_table(speed, config) if speed else "",
+        **sections,
         neurons_per_token=config.neurons_per_token,
         neurons_per_layer=config.neurons_per_layer,
         **config.to_dict(),

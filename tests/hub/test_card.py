@@ -121,6 +121,24 @@ def test_the_template_is_the_one_at_the_top_and_travels_with_the_package(tmp_pat
     assert not built.is_symlink() and built.read_text() == TEMPLATE.read_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("summary.json", b'{"task": "mrpc", "f1": "high"}'),
+        ("summary.json", b'{"sources": [1]}'),
+        ("summary.json", b'{"validation_loss": null}'),
+        ("README.md", b"\xff\xfe"),
+        ("README.md", b"---\nlicense: " + b"[" * 10_000),
+        ("speed.json", b'{"rows": [{}]}'),
+        ("speed.json", b'{"rows": 5}'),
+    ],
+)
+def test_a_file_that_holds_something_else_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}' holds something else than expected"):
+        card(tmp_path, FastBertConfig(), speed=tmp_path / name if name == "speed.json" else None)
+
+
 def install_metadata(folder, monkeypatch, *lines):
     """Have an installed package of this name whose metadata holds these lines."""
     information = folder / "packages" / "fastbert_hf-9.9.dist-info"

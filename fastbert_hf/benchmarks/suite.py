@@ -15,6 +15,7 @@ from fastbert_hf.benchmarks.plots import plot_speedup_against_depth, plot_time_p
 from fastbert_hf.benchmarks.routing import RoutingChange, format_routing, routing_changes, text_batch
 from fastbert_hf.benchmarks.rows import Row, format_table
 from fastbert_hf.fff_layer import FastFeedForward
+from fastbert_hf.hub.weights import check_weights
 
 PAPER_GRID = [(3072, 0), (1536, 1), (512, 2), (256, 3), (128, 4), (64, 5), (32, 6), (16, 7), (8, 8), (4, 9), (2, 10)]
 
@@ -91,7 +92,12 @@ def paths_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
 
 
 def trained_problem(folder: str, text: str, tokens: int) -> layer.LayerProblem:
-    """The middle layer of a trained model and what real text feeds it."""
+    """The middle layer of a trained model and what real text feeds it.
+
+    Raises:
+        ValueError: damaged weights, or an index of them that leads out of the folder.
+    """
+    check_weights(folder)
     model = AutoModelForMaskedLM.from_pretrained(folder).eval()
     ids, _ = text_batch(folder, text, tokens)
     ffn = model.base_model.layers[model.config.num_hidden_layers // 2].ffn

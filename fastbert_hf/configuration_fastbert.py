@@ -195,7 +195,8 @@ class FastBertConfig(PreTrainedConfig):
             )
         if self.fff_leaf_width is not None and self.ffn_type != "fff":
             raise ValueError(
-                f"fff_leaf_width is {self.fff_leaf_width} with ffn_type {self.ffn_type!r}; only 'fff' layers have leaves"
+                f"fff_leaf_width is {self.fff_leaf_width} with ffn_type {self.ffn_type!r}; "
+                "only 'fff' layers have leaves"
             )
         if self.fff_leaf_width is not None and self.fff_depth > 12:
             raise ValueError(f"fff_depth is {self.fff_depth}; expected at most 12 for leaf trees")

@@ -12,10 +12,11 @@ LEVELS = [
     ("fff_reference", "kernels"),
     ("fff_op",),
     ("fff_layer",),
-    ("configuration_fastbert",),
+    ("configuration_fastbert", "inputs_fastbert"),
     ("encoder_fastbert",),
     ("heads_fastbert",),
     ("checkpoint_fastbert",),
+    ("pretrained_fastbert",),
     ("modeling_fastbert",),
     ("crammed",),
     ("__init__",),
@@ -33,7 +34,9 @@ BUNDLE = [
     "fff_op",
     "fff_reference",
     "heads_fastbert",
+    "inputs_fastbert",
     "modeling_fastbert",
+    "pretrained_fastbert",
 ]
 # a command line, not an import of the package: it lists what the op above it can choose from
 EXEMPT = {PACKAGE / "kernels" / "__main__.py"}

@@ -128,7 +128,8 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 
 def test_sparse_prediction_gives_the_loss_of_full_prediction():
-    model = build(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, embedding_dropout_prob=0.0)
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "embedding_dropout_prob": 0.0}
+    model = build(sparse_prediction=0.25, **dropout)
     inputs = batch()
     labelled = int((inputs["labels"] != -100).sum())
     full = model(**inputs)

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_fastbert import FastBertConfig
 from .fff_layer import FastFeedForward
 from .fff_reference import ACTIVATIONS
+from .inputs_fastbert import check_inputs, check_rows, look_up
 from .leaf_layer import LeafFeedForward
 
 
@@ -55,26 +56,38 @@ class FastBertEmbeddings(nn.Module):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """input_ids (B, T), or inputs_embeds (B, T, H) in place of the word embeddings -> (B, T, H)."""
-        if inputs_embeds is None:
-            inputs_embeds = self.word_embeddings(input_ids)  # (B, T) -> (B, T, H)
-        num_tokens = inputs_embeds.shape[1]
+        """input_ids (B, T), or inputs_embeds (B, T, H) in place of the word embeddings -> (B, T, H).
+
+        position_ids and token_type_ids: (T,) or (B, T).
+        """
+        check_inputs(input_ids, inputs_embeds, self.hidden_size)
+        if inputs_embeds is None:  # (B, T) -> (B, T, H)
+            inputs_embeds = look_up("input_ids", self.word_embeddings, input_ids, "vocab_size")
+        num_rows, num_tokens = inputs_embeds.shape[:2]
         if num_tokens > self.max_positions:
             raise ValueError(
                 f"the sequence has {num_tokens} tokens; this model has positions for {self.max_positions} "
                 "(max_position_embeddings): truncate the input"
             )
+        if position_ids is not None:
+            check_rows("position_ids", position_ids, num_rows, num_tokens)
         if self.sinusoidal:
-            positions = self.positions[:num_tokens] if position_ids is None else self.positions[position_ids]
+            positions = (
+                self.positions[:num_tokens]
+                if position_ids is None
+                else look_up("position_ids", self.positions, position_ids, "max_position_embeddings")
+            )
             hidden = inputs_embeds + self.position_scale * positions.to(inputs_embeds.dtype)
         else:
             if position_ids is None:
                 position_ids = torch.arange(num_tokens, device=inputs_embeds.device)
-            hidden = inputs_embeds + self.position_embeddings(position_ids)
+            table = self.position_embeddings
+            hidden = inputs_embeds + look_up("position_ids", table, position_ids, "max_position_embeddings")
         if self.token_type_embeddings is not None:
             if token_type_ids is None:
-                token_type_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=hidden.device)
-            hidden = hidden + self.token_type_embeddings(token_type_ids)
+                token_type_ids = torch.zeros((num_rows, num_tokens), dtype=torch.long, device=hidden.device)
+            check_rows("token_type_ids", token_type_ids, num_rows, num_tokens)
+            hidden = hidden + look_up("token_type_ids", self.token_type_embeddings, token_type_ids, "type_vocab_size")
         return self.dropout(self.norm(hidden))
 
 

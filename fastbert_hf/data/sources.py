@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastbert_hf.data.corpus import check_corpus_files, read_documents, text_of
+from fastbert_hf.data.pieces import single_spaces
 from fastbert_hf.data.prepared import file_digest
 
 TOKENIZED = "input_ids"  # column of a dataset that is tokenized and packed already
@@ -133,7 +134,7 @@ class HubDataset:
     def documents(self) -> Iterator[str]:
         """The dataset's documents."""
         for number, row in enumerate(self._rows(), start=1):
-            if document := " ".join(text_of(row, self.text_column, f"dataset {self.name!r}, row {number}").split()):
+            if document := single_spaces(text_of(row, self.text_column, f"dataset {self.name!r}, row {number}")):
                 yield document
 
     def sequences(self, seq_length: int, vocab_size: int) -> Iterator[np.ndarray]:

@@ -2,11 +2,12 @@
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastbert_hf.data.atomic import staged_folder
+from fastbert_hf.data.pieces import pieces
 
 if TYPE_CHECKING:
     from tokenizers.normalizers import Normalizer
@@ -77,7 +78,7 @@ def _learn_vocabulary(
     """Learn word pieces, the same in every run: token -> id."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    documents = documents if isinstance(documents, Sequence) else list(documents)  # read twice below
+    documents = [piece for document in documents for piece in pieces(document)]  # read twice below
     # Every character costs up to two entries: rare ones must not eat a small vocabulary.
     alphabet = _alphabet(documents, normalizer, limit=min(1000, max(64, vocab_size // 16)))
     if not alphabet:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -26,7 +27,7 @@ class BudgetTrainer(Trainer):
 
     One optimiser step takes a whole number of microbatches of `per_device_train_batch_size` sequences, which grows
     with the clock; the library's gradient accumulation stays at 1. Steps whose gradient is not finite are skipped.
-    The clock and the place in the data are part of every checkpoint.
+    The clock and the place in the data are part of every checkpoint; dropout follows from the seed and that place.
 
     Args:
         clock: the budget; its state goes on from a checkpoint's.
@@ -171,12 +172,22 @@ class BudgetTrainer(Trainer):
         count = len(inputs["input_ids"])
         self.current_gradient_accumulation_steps = count  # by which each loss is divided
         total = torch.zeros((), device=self.args.device)
+        first = self.microbatches - count * self.args.world_size + self.args.process_index
         for number in range(count):
+            self._seed_microbatch(first + number * self.args.world_size)
             part = {name: value[number] for name, value in inputs.items()}
             last = number == count - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model=model):
                 total += super().training_step(model, part)
         return total
+
+    def _seed_microbatch(self, number: int) -> None:
+        """Make dropout a function of the seed and of the microbatch's number over all processes.
+
+        A running random state would be moved by whatever else draws from it: loaders, evaluations, a resume.
+        """
+        (seed,) = np.random.SeedSequence([self.args.seed, number]).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed))
 
     # ---- learning rate
 

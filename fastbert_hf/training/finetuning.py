@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,24 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from fastbert_hf.data.atomic import write_text
 from fastbert_hf.data.glue import Split, Task, TaskData
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.training.checkpoints import check_checkpoint, find_checkpoint, remove_checkpoints
 from fastbert_hf.training.classifier import Head, ModelArguments, fit_head, load_classifier, restrict_training
 from fastbert_hf.training.figures import plot_confusion, plot_learning_curve
 from fastbert_hf.training.glue_options import DataTrainingArguments, check_options_together, load_task
+from fastbert_hf.training.glue_settings import (
+    PREDICTIONS,
+    PUSHED,
+    SUMMARY,
+    Work,
+    checkpoint_content,
+    find_work,
+    record_start,
+    repository,
+    run_settings,
+)
 from fastbert_hf.training.glue_submission import write_predictions
 from fastbert_hf.training.metrics import compute, decode_predictions, majority_baseline
 from fastbert_hf.training.publishing import check_push, prepare_folder, publish, write_card, write_recipe
@@ -74,7 +87,9 @@ def finetune(
     """Fine-tune and evaluate a classifier on one task, with the seed of `args`.
 
     Metrics are those of the last epoch, unless `args` asks for the best checkpoint. The output folder receives model,
-    tokenizer, card, pictures of learning curve and confused classes, predictions if wanted, and `summary.json`.
+    tokenizer, card, pictures of learning curve and confused classes, predictions if wanted, `summary.json`, and
+    `settings.json`. If it holds this run already, only the steps that are missing are done, with the model that was
+    trained; an interrupted training goes on from its last checkpoint.
 
     Args:
         model_options: one model, and which of its weights are trained.
@@ -87,41 +102,65 @@ def finetune(
         The fine-tuned model, and the summary: metrics and majority baseline per validation split, counts, times.
 
     Raises:
-        ValueError: for anything wrong in the options or the data, before training starts.
+        ValueError: for anything wrong in the options or the data, or an output folder of another run, before
+            training starts.
     """
     _check_one(model_options, data, args)
+    args = copy.copy(args)
     check_push(args)
-    args = _with_early_stopping(args, data.early_stopping_patience)
     checkpoint = find_checkpoint(args, data.overwrite_output_dir)
     task_data = task_data or load_task(data, next(iter(data.task_name), None), args)
-    source, task = model_options.model_name_or_path[0], task_data.task
+    source = model_options.model_name_or_path[0]
     tokenizer = load_tokenizer(model_options.tokenizer_name or source, **model_options.hub)
-    quiet_host(args)
-    set_seed(args.seed)
-    head = fit_head(model_options, source, task)
+    head = fit_head(model_options, source, task_data.task)
     check_fit(head.config, tokenizer, data.max_seq_length)
     check_checkpoint(checkpoint, head.config)
-    model = restrict_training(load_classifier(model_options, source, head), model_options)
-    prepared = _Preparation(tokenizer, task, head, data)
-    trainer = _trainer(model, args, data, task_data, prepared)
-    summary = {
-        "model": name or source,
-        "task": task.name,
-        "seed": args.seed,
-        "train_examples": len(task_data.train or ()),
-    }
-    if args.do_train:
-        summary |= _train(trainer, tokenizer, checkpoint, data)
-    if args.do_eval:
+    content = checkpoint_content(model_options, source, tokenizer)
+    settings = run_settings(model_options, data, args, content, task_data)
+    work = find_work(args, settings, task_data, data.overwrite_output_dir)
+    if work.summary is not None and args.do_train:  # what is left is done with the model that was trained
+        model_options = ModelArguments([args.output_dir], trust_remote_code=model_options.trust_remote_code)
+        tokenizer, head = load_tokenizer(args.output_dir), fit_head(model_options, args.output_dir, task_data.task)
+    args = _with_early_stopping(args, data.early_stopping_patience)
+    quiet_host(args)
+    set_seed(args.seed)
+    model = load_classifier(model_options, model_options.model_name_or_path[0], head)
+    prepared = _Preparation(tokenizer, task_data.task, head, data)
+    trainer = _trainer(restrict_training(model, model_options), args, task_data, prepared, work.train)
+    if is_main_process(args) and not work.is_done:
+        record_start(args, work)
+    about = {"model": name or source, "task": task_data.task.name, "seed": args.seed}
+    summary = work.summary or {**about, "train_examples": len(task_data.train or ())}
+    return _run(trainer, prepared, task_data, work, summary, checkpoint)
+
+
+def _run(
+    trainer: Trainer,
+    prepared: "_Preparation",
+    task_data: TaskData,
+    work: Work,
+    summary: dict[str, Any],
+    checkpoint: str | None,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Do the work; the model, and the summary with what has been added."""
+    args = trainer.args
+    prepare_folder(trainer)
+    if work.train:
+        summary |= _train(trainer, prepared.tokenizer, checkpoint, prepared.data)
+    if work.evaluate:
         for split in task_data.validations:
             summary |= _evaluate(trainer, prepared, task_data, split)
-    if args.do_predict:
+    if work.predict:
         _predict(trainer, prepared, task_data.tests)
     if is_main_process(args):
         write_summary(args.output_dir, summary)
-    if args.do_train:
+    if args.do_train and not work.is_done:
         write_card(trainer)
+    if work.push:
         publish(trainer)
+        summary[PUSHED] = repository(args)
+        if is_main_process(args):
+            write_text(Path(args.output_dir) / SUMMARY, json.dumps(summary, indent=2) + "\n")
     return trainer.accelerator.unwrap_model(trainer.model), summary
 
 
@@ -200,21 +239,21 @@ class ClassifierTrainer(Trainer):
             self.args.dataloader_drop_last = drop_last
 
 
-def _trainer(model, args, data: DataTrainingArguments, task_data: TaskData, prepared: _Preparation) -> Trainer:
+def _trainer(model, args, task_data: TaskData, prepared: _Preparation, trains: bool) -> Trainer:
     if args.load_best_model_at_end and args.metric_for_best_model in (None, "loss"):
         args.metric_for_best_model, args.greater_is_better = task_data.task.metrics[0], True
     validation = next(iter(task_data.validations.values()), None)
-    patience = data.early_stopping_patience
+    patience = prepared.data.early_stopping_patience
     return ClassifierTrainer(
         model=model,
         args=args,
-        train_dataset=prepared.rows(task_data.train) if args.do_train else None,
+        train_dataset=prepared.rows(task_data.train) if trains else None,
         eval_dataset=prepared.rows(validation) if validation else None,
         data_collator=DataCollatorWithPadding(prepared.tokenizer),
         processing_class=prepared.tokenizer,
         compute_metrics=prepared.metrics,
         compute_loss_func=_balanced_loss(task_data, prepared.head, args.label_smoothing_factor)
-        if data.class_weights == "balanced"
+        if prepared.data.class_weights == "balanced" and trains
         else None,
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
     )
@@ -243,7 +282,6 @@ def _balanced_loss(task_data: TaskData, head: Head, label_smoothing: float) -> C
 def _train(trainer: Trainer, tokenizer, checkpoint: str | None, data: DataTrainingArguments) -> dict[str, Any]:
     if data.overwrite_output_dir and is_main_process(trainer.args):
         remove_checkpoints(trainer.args.output_dir)
-    prepare_folder(trainer)
     result = train(trainer, checkpoint)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "merge_and_unload"):  # adapters: what is measured and saved is the model that contains them
@@ -261,7 +299,7 @@ def _evaluate(trainer: Trainer, prepared: _Preparation, task_data: TaskData, nam
     training = (task_data.train or split).labels
     output = trainer.predict(prepared.rows(split), metric_key_prefix="eval")
     baseline = majority_baseline(task.metrics, training, split.labels, task.is_regression)
-    ending = f"_{name}" if len(task_data.validations) > 1 else ""
+    ending = task_data.suffix(name)
     summary: dict[str, Any] = {f"examples{ending}": len(split)}
     for name in task.metrics:
         summary[f"{name}{ending}"] = output.metrics[f"eval_{name}"]
@@ -279,4 +317,4 @@ def _predict(trainer: Trainer, prepared: _Preparation, tests: dict[str, Split]) 
     for name, split in tests.items():
         answers = prepared.answers(trainer.predict(prepared.rows(split)).predictions)
         if is_main_process(trainer.args):
-            write_predictions(Path(trainer.args.output_dir) / "predictions", prepared.task, name, split, answers)
+            write_predictions(Path(trainer.args.output_dir) / PREDICTIONS, prepared.task, name, split, answers)

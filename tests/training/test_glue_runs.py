@@ -188,6 +188,7 @@ def test_lora_goes_on_from_its_checkpoints(pretrained, glue_dir, tmp_path):
     changes = {"lora_rank": 4, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     (whole,) = run_all([pretrained], glue_dir, tmp_path / "out", **changes)
     for last in (6, 3):
+        (tmp_path / "out" / "summary.json").unlink()  # as if it had been interrupted
         (again,) = run_all([pretrained], glue_dir, tmp_path / "out", **changes)
         assert again["resumed_from"] == str(tmp_path / "out" / f"checkpoint-{last}")
         assert again["accuracy"] == whole["accuracy"] and again["steps"] == 6

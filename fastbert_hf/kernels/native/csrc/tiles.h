@@ -119,7 +119,7 @@ FFF_INLINE void sum_tile(const SumRows<E>& s, int64_t column, int n) {
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
       vec w0, w1;
-      if (PARTIAL)
+      if constexpr (PARTIAL)
         E::load2_first(row, n, &w0, &w1);
       else
         E::load2(row + c * kPair, &w0, &w1);
@@ -136,7 +136,7 @@ FFF_INLINE void sum_tile(const SumRows<E>& s, int64_t column, int n) {
     for (int c = 0; c < C; ++c) {
       if (!s.last)
         F32::store2(s.wide[t] + column + c * kPair, sum[t][2 * c], sum[t][2 * c + 1]);
-      else if (PARTIAL)
+      else if constexpr (PARTIAL)
         E::store2_first(s.y[t] + column, sum[t][2 * c], sum[t][2 * c + 1], n);
       else if (s.streams)
         E::stream2(s.y[t] + column + c * kPair, sum[t][2 * c], sum[t][2 * c + 1]);

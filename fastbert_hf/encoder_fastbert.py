@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, H hidden, V vocabulary.
 """
 
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,33 @@ def sinusoidal_positions(max_positions: int, hidden_size: int) -> Tensor:
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)  # (T, H/2, 2) -> (T, H)
 
 
-class FastBertEmbeddings(nn.Module):
+class TiedWeightOwner(nn.Module):
+    """A module that owns one end of a tied weight; it warns of an adapter there.
+
+    Merging LoRA and its relatives changes a weight in place, at both ends of the tie, where the adapter was at one.
+    """
+
+    tied_child = ""  # the submodule that has the weight
+    tied_by: FastBertConfig | None = None  # set by a model that ties it to another module's
+
+    def __setattr__(self, name, value):
+        if name == self.tied_child and self.tied_by is not None and self.tied_by.tie_word_embeddings:
+            adapted = hasattr(value, "base_layer") and not hasattr(value, "trainable_tokens_delta")  # PEFT ties these
+            if adapted:
+                warnings.warn(
+                    f"the weight of {name} is tied and an adapter was put on it: it trains and can be saved, but "
+                    "merging it changes the word embeddings and the decoder alike and gives another model. Untie "
+                    "them before the adapter is made: set model.config.tie_word_embeddings to False and "
+                    "model.mlm_head.decoder.weight to a torch.nn.Parameter of a clone of it",
+                    stacklevel=2,
+                )
+        super().__setattr__(name, value)
+
+
+class FastBertEmbeddings(TiedWeightOwner):
     """Word + position (+ token type) embeddings, norm, dropout."""
+
+    tied_child = "word_embeddings"
 
     def __init__(self, config: FastBertConfig):
         super().__init__()

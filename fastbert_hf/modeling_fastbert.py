@@ -102,6 +102,7 @@ class FastBertForMaskedLM(FastBertPreTrainedModel):
         super().__init__(config)
         self.fastbert = FastBertModel(config)
         self.mlm_head = FastBertMLMHead(config)
+        self.fastbert.embeddings.tied_by = self.mlm_head.tied_by = config
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:

@@ -60,15 +60,16 @@ class FastBertPreTrainedModel(PreTrainedModel):
         """As in PreTrainedModel, but a checkpoint that lacks encoder tensors, or holds unknown ones, is an error.
 
         Tensors of a head may be absent where the checkpoint is of another class (a new head is initialised) and
-        superfluous where this class has no such head. Callers who pass `output_loading_info` or `key_mapping` judge
-        for themselves.
+        superfluous where this class has no such head. Callers who pass `output_loading_info`, `key_mapping` or, in
+        place of a checkpoint, None and a `state_dict` judge for themselves.
 
         Raises:
             CheckpointMismatchError: missing or unexpected tensors, by name; tensors of another shape, unless
                 `ignore_mismatched_sizes` asks for new ones in their place. It is a ValueError and, as
                 Transformers' own error for a wrong shape, a RuntimeError.
         """
-        if kwargs.get("output_loading_info") or kwargs.get("key_mapping"):
+        given = pretrained_model_name_or_path is None
+        if given or kwargs.get("output_loading_info") or kwargs.get("key_mapping"):
             return cls._from_safetensors(pretrained_model_name_or_path, *args, **kwargs)
         replace_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = cls._from_safetensors(

@@ -273,17 +273,10 @@ def leaf_backward(
     for tree in range(trees):
         rows = _RowsByLeaf(leaves[:, tree], num_leaves)
         c = confidence[rows.order, tree].unsqueeze(1)
-        grad_c, grad_z = _leaf_gradients(
-            rows,
-            grad_y[rows.order],
-            wide_x[rows.order],
-            logits[rows.order, tree],
-            c,
-            weight_out[tree],
-            None if bias_out is None else bias_out.view(trees, num_leaves, -1)[tree],
-            activation,
-            [None if g is None else g[tree] for g in by_tree],
-        )
+        of_rows = (grad_y[rows.order], wide_x[rows.order], logits[rows.order, tree], c)
+        tree_bias = None if bias_out is None else bias_out.view(trees, num_leaves, -1)[tree]
+        tree_grads = [None if g is None else g[tree] for g in by_tree]
+        grad_c, grad_z = _leaf_gradients(rows, *of_rows, weight_out[tree], tree_bias, activation, tree_grads)
         if grad_x is not None:
             grad_x[rows.order] += rows.products(grad_z, weight_in[tree])
         if num_leaves == 1:

@@ -1,5 +1,7 @@
 """Training, saving and loading WordPiece tokenizers with BERT's normalisation."""
 
+import hashlib
+import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -128,6 +130,17 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: str | Path) -> 
     """
     with staged_folder(folder, last="tokenizer_config.json") as stage:
         tokenizer.save_pretrained(stage)
+
+
+def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """SHA-256, in hexadecimal, of everything that decides which ids a text gets, wherever the tokenizer came from."""
+    if tokenizer.is_fast:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        content |= {"truncation": None, "padding": None}  # of the last call
+    else:
+        content = tokenizer.get_vocab()
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return hashlib.sha256(json.dumps([content, special], sort_keys=True).encode()).hexdigest()
 
 
 def load_tokenizer(name_or_path: str | Path, needs_mask: bool = False, **hub) -> "PreTrainedTokenizerBase":

@@ -128,6 +128,14 @@ def test_another_batch_or_seed_does_not_go_on_from_a_checkpoint(tiny, finished, 
     folder, _, changes = finished
     shutil.copytree(folder / "checkpoint-4", tmp_path / "checkpoint-4")
     for other, message in (
+        ({"per_device_train_batch_size": 2}, "per_device_train_batch_size is 4 there, 2 here"),
+        ({"seed": 3}, "seed is 0 there, 3 here"),
+        ({"validation_share": 0.5}, "validation_share is 0.1 there, 0.5 here"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pretrain(*arguments(tiny, tmp_path, **{**changes, **other}))
+    (tmp_path / "checkpoint-4" / "run_settings.json").unlink()  # as versions wrote it that did not note settings
+    for other, message in (
         ({"per_device_train_batch_size": 2}, "per_device_train_batch_size 4, this run has 2"),
         ({"seed": 3}, "data_seed 0, this run has 3"),
         ({"validation_share": 0.5}, "train_sequences 238, this run has"),

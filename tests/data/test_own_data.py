@@ -63,7 +63,7 @@ def label_cases():
             yield ".csv", values, task
 
 
-@pytest.mark.parametrize(("suffix", "values", "task"), label_cases())
+@pytest.mark.parametrize(("suffix", "values", "task"), list(label_cases()))
 def test_labels_mean_what_is_documented(tmp_path, suffix, values, task):
     rows = [{"text": f"text {number}", "label": value} for number, value in enumerate(values)]
     file = write(tmp_path, suffix, rows)

@@ -189,3 +189,16 @@ def test_another_tokenizer_is_another_run(pretrained, glue_dir, folder, tmp_path
     save_tokenizer(train_wordpiece(["river sea wind grass stone"] * 9, vocab_size=60), tmp_path / "other")
     with pytest.raises(ValueError, match="other settings: tokenizer is "):
         run_all([pretrained], glue_dir, folder, tokenizer_name=str(tmp_path / "other"), **SAVED)
+
+
+def test_a_run_that_was_stopped_after_its_last_step_ends_with_its_best_checkpoint(pretrained, glue_dir, tmp_path):
+    changes = {"max_steps": 12, "learning_rate": 5e-2, "load_best_model_at_end": True, "save_total_limit": None}
+    changes |= {"eval_strategy": "steps", "eval_steps": 3, **SAVED}
+    (whole,) = run_all([pretrained], glue_dir, tmp_path / "out", **changes)
+    state = json.loads((tmp_path / "out" / "checkpoint-12" / "trainer_state.json").read_text())
+    best, weights = state["best_global_step"], (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert best < 12, "the last checkpoint is the best: this test compares nothing"
+    (tmp_path / "out" / "summary.json").unlink()
+    (again,) = run_all([pretrained], glue_dir, tmp_path / "out", **changes)
+    assert again["accuracy"] == whole["accuracy"]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights

@@ -335,7 +335,11 @@ def leaf_traceable(
         for _ in range(depth):
             rows = nodes + tree * (num_leaves - 1)
             logits = (x.to(dtype) * router[rows].to(dtype)).sum(-1) - threshold[rows]  # (N,)
-            certainty = logits.abs() if certainty is None else torch.minimum(certainty, logits.abs())
+            found = logits.abs()
+            if certainty is None:
+                certainty = found
+            else:  # torch.minimum would share the gradient among equals
+                certainty = torch.where((certainty <= found) | certainty.isnan(), certainty, found)
             nodes = step_down(nodes, logits)
         if certainty is not None:
             c = certainty.sigmoid()

@@ -1,5 +1,8 @@
 """What both ops promise alike: the numbers of an independent dense oracle, and PyTorch's machinery around them."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -286,6 +289,31 @@ def test_exported_and_traced_layers_give_the_numbers_of_the_op(form):
         x = torch.randn(num_rows, 8)
         torch.testing.assert_close(program.module()(x), layer(x))
         torch.testing.assert_close(traced(x), layer(x))
+
+
+def test_references_hold_no_dense_intermediates():
+    """20 000 rows would need 328 MB for all logits at depth 11, and 655 MB for the neurons of all 256 leaves; the
+    walk, and then the leaves, stay under 64 MB above their results."""
+    code = """
+import resource, torch
+from fastbert_hf import fff, leaf_trees, use_backend
+
+def grown(call, few):
+    few()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+
+use_backend("reference"); torch.set_num_threads(1)
+x, w_in, w_out = torch.randn(20000, 16), torch.randn(4095, 16), torch.randn(4095, 16)
+nodes = (w_in, None, w_out, 1, 11)
+router, w_in, w_out = torch.randn(255, 16), torch.randn(8192, 16), torch.randn(8192, 16)
+leaves = (router, torch.zeros(255), w_in, None, w_out, None, 1, 8)
+print(grown(lambda: fff(x, *nodes), lambda: fff(x[:10], *nodes)))
+print(grown(lambda: leaf_trees(x, *leaves), lambda: leaf_trees(x[:10], *leaves)))
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert all(int(megabytes) < 64 for megabytes in output.split()[-2:])
 
 
 BAD_CALLS = {

@@ -1,19 +1,18 @@
 """Leaf trees: routes and confidence, ties, products by leaf, arguments; test_both_forms.py has what both ops share."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from fastbert_hf import leaf_reference, leaf_trees
-from fastbert_hf.backends_fastbert import BACKENDS, use_backend
+from fastbert_hf import leaf_op, leaf_reference, leaf_trees
+from fastbert_hf.backends_fastbert import BACKENDS, backend_for, use_backend
 from fastbert_hf.leaf_reference import can_group, find_routes, leaf_backward, leaf_forward, leaf_traceable
 from tests.forms import LEAVES, leaves_of, with_gradients
 from tests.oracle import dense_leaves
 
 TINY = LEAVES.inputs(1, 4, 4, 1, 2, dtype=torch.float32)
-RUNNING = [name for name, b in BACKENDS["leaf_trees"].items() if not b.supports(TINY[0], TINY[3], TINY[5], 1, 2, "gelu")]
+RUNNING = [
+    name for name, b in BACKENDS["leaf_trees"].items() if not b.supports(TINY[0], TINY[3], TINY[5], 1, 2, "gelu")
+]
 each_backend = pytest.mark.parametrize("backend", RUNNING)
 
 
@@ -37,7 +36,7 @@ def test_routes_and_margins_equal_the_oracle(shape, leaf_width):
 
 
 def path_of_logits(logits, dtype=torch.float32):
-    """A tree in which every row meets logits[level] at level `level`, whichever way it goes; its leaves all differ."""
+    """A tree whose routers of one level all have that level's logit for x = 1; its leaves all differ."""
     depth = len(logits)
     levels = torch.repeat_interleave(torch.arange(depth), 2 ** torch.arange(depth))
     router = torch.tensor(logits, dtype=dtype)[levels].unsqueeze(1)  # (r, 1)
@@ -218,24 +217,7 @@ def test_products_are_grouped_where_rows_are_whole_16_bytes(dtype, widths, expec
     assert can_group(vectors, OnGpu(weight)) == (expected and hasattr(torch.nn.functional, "grouped_mm"))
 
 
-# ---- memory and arguments ----
-
-
-def test_the_reference_holds_no_dense_intermediates():
-    """20 000 rows would need 655 MB for the neurons of all 256 leaves; those of their own need 3 MB."""
-    code = """
-import resource, torch
-from fastbert_hf import leaf_trees, use_backend
-use_backend("reference"); torch.set_num_threads(1)
-x, router, w_in, w_out = torch.randn(20000, 16), torch.randn(255, 16), torch.randn(8192, 16), torch.randn(8192, 16)
-call = (router, torch.zeros(255), w_in, None, w_out, None, 1, 8)
-leaf_trees(x[:10], *call)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-leaf_trees(x, *call)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
-"""
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert int(output.strip().splitlines()[-1]) < 64
+# ---- arguments ----
 
 
 def shaped(**shapes):
@@ -264,32 +246,22 @@ BAD_SHAPES = {
 
 @pytest.mark.parametrize("message", BAD_SHAPES)
 @pytest.mark.parametrize("kind", ["direct", "with_gradients", "meta", "exported"])
-def test_wrong_shapes_raise_a_value_error_that_names_them(message, kind):
+def test_wrong_shapes_raise_a_value_error_that_names_them(message, kind, monkeypatch):
     good = {name: torch.zeros(shape) for name, shape in LEAVES.shapes(8, 8, 1, 3).items()}
     call = {"x": torch.zeros(2, 8), **good, "trees": 1, "depth": 3} | BAD_SHAPES[message]
     if kind == "with_gradients":
         call["x"].requires_grad_()
     elif kind == "meta":
         call = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in call.items()}
-    function = leaf_trees
-    if kind == "exported":
-        function = Exported()
+    elif kind == "exported":
+        monkeypatch.setattr(leaf_op, "is_exporting", lambda: True)
     with pytest.raises(ValueError, match=message):
-        function(**call)
+        leaf_trees(**call)
 
 
-class Exported:
-    def __call__(self, **call):
-        with torch.compiler._is_exporting_flag_set() if hasattr(torch.compiler, "_is_exporting_flag_set") else Flag():
-            return leaf_trees(**call)
-
-
-class Flag:
-    """The state in which torch.export traces a program."""
-
-    def __enter__(self):
-        self.before = torch.compiler._is_exporting_flag
-        torch.compiler._is_exporting_flag = True
-
-    def __exit__(self, *exc_info):
-        torch.compiler._is_exporting_flag = self.before
+def test_a_backend_that_does_not_know_the_op_is_refused():
+    x, *parameters = LEAVES.inputs(3, 4, 4, 1, 2)
+    with pytest.raises(
+        ValueError, match="unknown backend 'tpu' of the op leaf_trees; known: auto, native, reference"
+    ):
+        backend_for("leaf_trees", x, parameters[2], parameters[4], 1, 2, "gelu", default="tpu")

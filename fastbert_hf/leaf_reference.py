@@ -216,8 +216,8 @@ def leaf_forward(
     )
     dtype, num_leaves = accumulation_dtype(x.dtype), leaves_per_tree(depth)
     leaves, deciders, margins = find_routes(x, router, threshold, trees, depth)
-    weight_in = weight_in.view(trees, num_leaves, width, -1).transpose(-1, -2)  # (P, m, H, w)
-    weight_out = weight_out.view(trees, num_leaves, width, -1)  # (P, m, w, H_out)
+    weight_in = weight_in.view(trees, num_leaves, width, x.shape[1]).transpose(-1, -2)  # (P, m, H, w)
+    weight_out = weight_out.view(trees, num_leaves, width, weight_out.shape[1])  # (P, m, w, H_out)
     confidence = confidence_of(margins)
     logits = x.new_empty(x.shape[0], trees, width, dtype=dtype)
     y = x.new_zeros(x.shape[0], weight_out.shape[-1], dtype=dtype)
@@ -230,7 +230,7 @@ def leaf_forward(
         c = confidence[rows.order, tree].unsqueeze(1)
         out = rows.products(c * ACTIVATIONS[activation](sorted_logits), weight_out[tree])  # (N, H_out)
         if bias_out is not None:
-            out = out + c * bias_out.view(trees, num_leaves, -1)[tree, rows.leaf]
+            out = out + c * bias_out.view(trees, num_leaves, weight_out.shape[-1])[tree, rows.leaf]
         y[rows.order] += out
     return y.to(x.dtype), leaves, deciders, margins, logits
 
@@ -263,11 +263,17 @@ def leaf_backward(
     num_leaves = weight_in.shape[0] // (trees * width)
     inputs = (x, router, threshold, weight_in, bias_in, weight_out, bias_out)
     grads = [t.new_zeros(t.shape, dtype=dtype) if w and t is not None else None for t, w in zip(inputs, output_mask)]
+<<<<<<< HEAD
     grad_x, grad_router, grad_threshold, *of_neurons, grad_bias_out = grads
     by_tree = [None if g is None else g.view(trees, num_leaves, width, *g.shape[1:]) for g in of_neurons]
     by_tree.append(None if grad_bias_out is None else grad_bias_out.view(trees, num_leaves, -1))
     weight_in = weight_in.view(trees, num_leaves, width, -1)
     weight_out = weight_out.view(trees, num_leaves, width, -1)
+=======
+    grad_x, grad_router, grad_threshold, grad_in, grad_bias_in, grad_out, grad_bias_out = grads
+    weight_in = weight_in.view(trees, num_leaves, width, x.shape[1])  # (P, m, w, H)
+    weight_out = weight_out.view(trees, num_leaves, width, weight_out.shape[1]).transpose(-1, -2)  # (P, m, H_out, w)
+>>>>>>> leaftests
     confidence = confidence_of(margins)
     grad_y, wide_x = grad_y.to(dtype), x.to(dtype)
     for tree in range(trees):
@@ -356,7 +362,11 @@ def leaf_traceable(
         for _ in range(depth):
             rows = nodes + tree * (num_leaves - 1)
             logits = (x.to(dtype) * router[rows].to(dtype)).sum(-1) - threshold[rows]  # (N,)
-            certainty = logits.abs() if certainty is None else torch.minimum(certainty, logits.abs())
+            found = logits.abs()
+            if certainty is None:
+                certainty = found
+            else:  # torch.minimum would share the gradient among equals
+                certainty = torch.where((certainty <= found) | certainty.isnan(), certainty, found)
             nodes = step_down(nodes, logits)
         if certainty is not None:
             c = certainty.sigmoid()

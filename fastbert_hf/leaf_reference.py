@@ -263,24 +263,18 @@ def leaf_backward(
     num_leaves = weight_in.shape[0] // (trees * width)
     inputs = (x, router, threshold, weight_in, bias_in, weight_out, bias_out)
     grads = [t.new_zeros(t.shape, dtype=dtype) if w and t is not None else None for t, w in zip(inputs, output_mask)]
-<<<<<<< HEAD
     grad_x, grad_router, grad_threshold, *of_neurons, grad_bias_out = grads
     by_tree = [None if g is None else g.view(trees, num_leaves, width, *g.shape[1:]) for g in of_neurons]
-    by_tree.append(None if grad_bias_out is None else grad_bias_out.view(trees, num_leaves, -1))
-    weight_in = weight_in.view(trees, num_leaves, width, -1)
-    weight_out = weight_out.view(trees, num_leaves, width, -1)
-=======
-    grad_x, grad_router, grad_threshold, grad_in, grad_bias_in, grad_out, grad_bias_out = grads
-    weight_in = weight_in.view(trees, num_leaves, width, x.shape[1])  # (P, m, w, H)
-    weight_out = weight_out.view(trees, num_leaves, width, weight_out.shape[1]).transpose(-1, -2)  # (P, m, H_out, w)
->>>>>>> leaftests
+    by_tree.append(None if grad_bias_out is None else grad_bias_out.view(trees, num_leaves, grad_y.shape[1]))
+    weight_in = weight_in.view(trees, num_leaves, width, x.shape[1])
+    weight_out = weight_out.view(trees, num_leaves, width, weight_out.shape[1])
     confidence = confidence_of(margins)
     grad_y, wide_x = grad_y.to(dtype), x.to(dtype)
     for tree in range(trees):
         rows = _RowsByLeaf(leaves[:, tree], num_leaves)
         c = confidence[rows.order, tree].unsqueeze(1)
         of_rows = (grad_y[rows.order], wide_x[rows.order], logits[rows.order, tree], c)
-        tree_bias = None if bias_out is None else bias_out.view(trees, num_leaves, -1)[tree]
+        tree_bias = None if bias_out is None else bias_out.view(trees, num_leaves, grad_y.shape[1])[tree]
         tree_grads = [None if g is None else g[tree] for g in by_tree]
         grad_c, grad_z = _leaf_gradients(rows, *of_rows, weight_out[tree], tree_bias, activation, tree_grads)
         if grad_x is not None:

@@ -96,7 +96,17 @@ def test_bundle_files_import_siblings_torch_and_transformers_only(name):
     tree = ast.parse((PACKAGE / f"{name}.py").read_text())
     guarded = {child for node in ast.walk(tree) if isinstance(node, ast.Try) for child in ast.walk(node)}
     allowed = {"torch", "transformers", "huggingface_hub"}  # the last comes with transformers
-    standard = {"collections", "contextvars", "dataclasses", "difflib", "functools", "math", "os", "typing"}
+    standard = {
+        "collections",
+        "contextvars",
+        "dataclasses",
+        "difflib",
+        "functools",
+        "math",
+        "os",
+        "typing",
+        "warnings",
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1 and node.module in BUNDLE

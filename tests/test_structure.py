@@ -19,7 +19,7 @@ LEVELS = [
     ("checkpoint_fastbert",),
     ("pretrained_fastbert",),
     ("modeling_fastbert",),
-    ("crammed",),
+    ("published_layout",),
     ("__init__",),
     ("data",),
     ("hub",),

@@ -15,10 +15,10 @@ from transformers.utils import logging
 import fastbert_hf
 from fastbert_hf.checkpoint_fastbert import misfits
 from fastbert_hf.configuration_fastbert import AUTO_MAP, FastBertConfig
-from fastbert_hf.crammed import MODEL_TYPE
 from fastbert_hf.hub.json_files import read_json
 from fastbert_hf.hub.weights import check_weight_names, check_weights, stored_shapes
 from fastbert_hf.modeling_fastbert import FastBertPreTrainedModel
+from fastbert_hf.published_layout import MODEL_TYPE
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -1,15 +1,15 @@
 """GLUE's metrics under the `evaluate` interface, without the network.
 
-    evaluate.load("fastbert_hf/training/glue_metric.py", "mrpc").compute(predictions=..., references=...)
+    evaluate.load("fastbert_hf/training/glue/evaluate_metric.py", "mrpc").compute(predictions=..., references=...)
 
-Only `evaluate.load` imports this file; the package's own code calls `fastbert_hf.training.metrics`.
+Only `evaluate.load` imports this file; the package's own code calls `fastbert_hf.training.glue.metrics`.
 """
 
 import datasets
 import evaluate
 
 from fastbert_hf.data.glue import get_task
-from fastbert_hf.training.metrics import compute
+from fastbert_hf.training.glue.metrics import compute
 
 
 class GlueMetric(evaluate.Metric):

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from fastbert_hf.data.atomic import write_text
 from fastbert_hf.training.figures import plot_curves
-from fastbert_hf.training.pretraining_report import HISTORY
+from fastbert_hf.training.pretraining.report import HISTORY
 
 AXES = {  # column of a history -> name on the axis, divisor, file
     "processor_seconds": ("minutes of processor time", 60.0, "loss-against-time.png"),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fastbert_hf.training.comparison import by_model, read_run, verdict
-from fastbert_hf.training.pretraining import pretrain
+from fastbert_hf.training.pretraining.comparison import by_model, read_run, verdict
+from fastbert_hf.training.pretraining.run import pretrain
 from tests.training.runs import arguments
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastbert_hf.training
-from fastbert_hf.training.metrics import compute, decode_predictions, majority_baseline, unigram_loss
+from fastbert_hf.training.glue.metrics import compute, decode_predictions, majority_baseline, unigram_loss
 
 TRUTH = [1, 1, 1, 0, 0, 1]
 ANSWERS = [1, 0, 1, 1, 0, 1]  # 3 true positives, 1 false positive, 1 false negative, 1 true negative

@@ -10,9 +10,10 @@ import torch
 from transformers import TrainingArguments
 
 from fastbert_hf.data.glue import Split, Task, TaskData
-from fastbert_hf.training import glue_options, glue_runs
-from fastbert_hf.training.classifier import Head
-from fastbert_hf.training.finetuning import DataTrainingArguments, _balanced_loss
+from fastbert_hf.training.glue import options as glue_options
+from fastbert_hf.training.glue import runs as glue_runs
+from fastbert_hf.training.glue.classifier import Head
+from fastbert_hf.training.glue.finetuning import DataTrainingArguments, _balanced_loss
 from tests.training.conftest import write_split
 from tests.training.runs import run_all
 

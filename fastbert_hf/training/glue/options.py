@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from fastbert_hf.data.glue import TASKS, Task, TaskData, get_task, load_glue, load_task_files
-from fastbert_hf.training.classifier import ModelArguments
+from fastbert_hf.training.glue.classifier import ModelArguments
 
 # options of the Trainer that leave it without one answer for each example
 MEASURABLE = {"prediction_loss_only": False, "eval_do_concat_batches": True, "batch_eval_metrics": False}

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from fastbert_hf.training.glue_table import PUBLISHED_ROWS, collect, write_table
+from fastbert_hf.training.glue.table import PUBLISHED_ROWS, collect, write_table
 
 KEYS = {"rte": "accuracy", "mrpc": "f1", "sst2": "accuracy", "stsb": "pearson", "qnli": "accuracy", "qqp": "f1"}
 

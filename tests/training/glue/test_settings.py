@@ -10,9 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, TrainingArguments
 
 from fastbert_hf.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
-from fastbert_hf.training.classifier import ModelArguments
-from fastbert_hf.training.glue_options import DataTrainingArguments
-from fastbert_hf.training.glue_settings import FREE
+from fastbert_hf.training.glue.classifier import ModelArguments
+from fastbert_hf.training.glue.options import DataTrainingArguments
+from fastbert_hf.training.glue.settings import FREE
 from tests.training.conftest import write_split
 from tests.training.runs import run_all
 

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from fastbert_hf.data.tokenizer import load_tokenizer
-from fastbert_hf.training import finetuning
-from fastbert_hf.training.classifier import ModelArguments
-from fastbert_hf.training.finetuning import DataTrainingArguments
-from fastbert_hf.training.glue_runs import model_names, task_names
+from fastbert_hf.training.glue import finetuning
+from fastbert_hf.training.glue.classifier import ModelArguments
+from fastbert_hf.training.glue.finetuning import DataTrainingArguments
+from fastbert_hf.training.glue.runs import model_names, task_names
 from tests.training.conftest import write_split
 from tests.training.runs import run_all
 

@@ -11,10 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from fastbert_hf.data.masking import IGNORED, check_probability
 from fastbert_hf.data.prepared import PreparedCorpus
 from fastbert_hf.data.tokenizer import load_tokenizer, tokenizer_digest
-from fastbert_hf.training.budget import UNITS, BudgetClock
-from fastbert_hf.training.budget_trainer import BudgetTrainer
 from fastbert_hf.training.checkpoints import check_checkpoint, find_checkpoint, remove_checkpoints
-from fastbert_hf.training.pretraining_data import (
+from fastbert_hf.training.pretraining.budget import UNITS, BudgetClock
+from fastbert_hf.training.pretraining.data import (
     CorpusArguments,
     PretrainingData,
     check_corpus,
@@ -22,9 +21,10 @@ from fastbert_hf.training.pretraining_data import (
     prepare_data,
     text_identity,
 )
-from fastbert_hf.training.pretraining_model import build_model
-from fastbert_hf.training.pretraining_report import write_pretraining_report
-from fastbert_hf.training.progress import show_budget
+from fastbert_hf.training.pretraining.model import build_model
+from fastbert_hf.training.pretraining.progress import show_budget
+from fastbert_hf.training.pretraining.report import write_pretraining_report
+from fastbert_hf.training.pretraining.trainer import BudgetTrainer
 from fastbert_hf.training.provenance import (
     Provenance,
     as_json,

@@ -12,9 +12,9 @@ from fastbert_hf.data.atomic import write_text
 from fastbert_hf.data.glue import Split, TaskData
 from fastbert_hf.data.prepared import file_digest
 from fastbert_hf.training.checkpoints import FRESH, last_checkpoint
-from fastbert_hf.training.classifier import ModelArguments
-from fastbert_hf.training.glue_options import DataTrainingArguments
-from fastbert_hf.training.glue_submission import prediction_file
+from fastbert_hf.training.glue.classifier import ModelArguments
+from fastbert_hf.training.glue.options import DataTrainingArguments
+from fastbert_hf.training.glue.submission import prediction_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,9 +10,9 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, Trainer, TrainingA
 
 import fastbert_hf  # noqa: F401  registers the model with the Auto classes
 from fastbert_hf.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
-from fastbert_hf.training.pretraining import pretrain
-from fastbert_hf.training.pretraining_data import prepare_data
-from fastbert_hf.training.pretraining_model import model_config
+from fastbert_hf.training.pretraining.data import prepare_data
+from fastbert_hf.training.pretraining.model import model_config
+from fastbert_hf.training.pretraining.run import pretrain
 from tests.training.runs import arguments
 
 
@@ -229,7 +229,7 @@ def test_held_out_text_is_looked_at_before_the_corpus_is_packed(tiny, tmp_path, 
             read.append(Path(file).name)
             yield from Path(file).read_text().splitlines()
 
-    monkeypatch.setattr("fastbert_hf.training.pretraining_data.read_documents", documents)
+    monkeypatch.setattr("fastbert_hf.training.pretraining.data.read_documents", documents)
     for text, message in (("river\n", "held-out text is shorter"), ("", "held-out text is empty")):
         (tmp_path / "short.txt").write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -29,10 +29,11 @@ from fastbert_hf.data.atomic import write_text
 from fastbert_hf.data.glue import Split, Task, TaskData
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.training.checkpoints import check_checkpoint, find_checkpoint, remove_checkpoints
-from fastbert_hf.training.classifier import Head, ModelArguments, fit_head, load_classifier, restrict_training
 from fastbert_hf.training.figures import plot_confusion, plot_learning_curve
-from fastbert_hf.training.glue_options import DataTrainingArguments, check_options_together, load_task
-from fastbert_hf.training.glue_settings import (
+from fastbert_hf.training.glue.classifier import Head, ModelArguments, fit_head, load_classifier, restrict_training
+from fastbert_hf.training.glue.metrics import compute, decode_predictions, majority_baseline
+from fastbert_hf.training.glue.options import DataTrainingArguments, check_options_together, load_task
+from fastbert_hf.training.glue.settings import (
     PREDICTIONS,
     PUSHED,
     SUMMARY,
@@ -43,8 +44,7 @@ from fastbert_hf.training.glue_settings import (
     repository,
     run_settings,
 )
-from fastbert_hf.training.glue_submission import write_predictions
-from fastbert_hf.training.metrics import compute, decode_predictions, majority_baseline
+from fastbert_hf.training.glue.submission import write_predictions
 from fastbert_hf.training.publishing import check_push, prepare_folder, publish, write_card, write_recipe
 from fastbert_hf.training.runs import (
     check_fit,

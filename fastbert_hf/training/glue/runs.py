@@ -13,12 +13,12 @@ from transformers import TrainingArguments
 from fastbert_hf.data.glue import TASKS, TaskData, get_task
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.training.checkpoints import FRESH
-from fastbert_hf.training.classifier import ModelArguments, fit_head
-from fastbert_hf.training.finetuning import finetune
-from fastbert_hf.training.glue_options import DataTrainingArguments, check_options_together, load_task
-from fastbert_hf.training.glue_settings import SUMMARY, Work, checkpoint_content, find_work, run_settings
-from fastbert_hf.training.glue_submission import zip_submission
-from fastbert_hf.training.glue_table import write_table
+from fastbert_hf.training.glue.classifier import ModelArguments, fit_head
+from fastbert_hf.training.glue.finetuning import finetune
+from fastbert_hf.training.glue.options import DataTrainingArguments, check_options_together, load_task
+from fastbert_hf.training.glue.settings import SUMMARY, Work, checkpoint_content, find_work, run_settings
+from fastbert_hf.training.glue.submission import zip_submission
+from fastbert_hf.training.glue.table import write_table
 from fastbert_hf.training.runs import check_fit, check_options, is_main_process
 
 

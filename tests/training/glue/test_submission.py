@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastbert_hf.data.glue import TASKS, Split, Task
-from fastbert_hf.training.glue_submission import FILES, write_predictions, zip_submission
+from fastbert_hf.training.glue.submission import FILES, write_predictions, zip_submission
 
 
 @pytest.mark.parametrize(

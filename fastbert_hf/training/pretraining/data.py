@@ -14,7 +14,7 @@ from fastbert_hf.data.packing import PackedSequences, pack_documents
 from fastbert_hf.data.preparation import PreparationSettings, prepare
 from fastbert_hf.data.prepared import PreparedCorpus, file_digest
 from fastbert_hf.data.sources import LocalFile
-from fastbert_hf.training.metrics import unigram_loss
+from fastbert_hf.training.glue.metrics import unigram_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceC
 import fastbert_hf  # noqa: F401  registers the model with the Auto classes
 from fastbert_hf.data.glue import TASKS
 from fastbert_hf.data.tokenizer import load_tokenizer
-from fastbert_hf.training.classifier import ModelArguments
-from fastbert_hf.training.finetuning import DataTrainingArguments, finetune
+from fastbert_hf.training.glue.classifier import ModelArguments
+from fastbert_hf.training.glue.finetuning import DataTrainingArguments, finetune
 from tests.training.conftest import write_split
 
 

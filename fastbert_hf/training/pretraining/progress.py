@@ -5,8 +5,8 @@ import time
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from fastbert_hf.training.budget_trainer import BudgetTrainer
-from fastbert_hf.training.tree_usage import TreeUsageCallback
+from fastbert_hf.training.pretraining.trainer import BudgetTrainer
+from fastbert_hf.training.pretraining.tree_usage import TreeUsageCallback
 
 
 def show_budget(trainer: BudgetTrainer) -> None:

@@ -21,6 +21,7 @@ LEVELS = [
     ("modeling_fastbert",),
     ("published_layout",),
     ("__init__",),
+    ("files",),
     ("data",),
     ("hub",),
     ("training",),
@@ -84,6 +85,17 @@ def test_imports_point_downwards(path):
     module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     for imported in imported_modules(path):
         assert level_of(imported) <= level_of(module), f"{path.name} imports {imported}, which is above it"
+
+
+@pytest.mark.parametrize("path", sources(PACKAGE / "training"), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_what_trainings_share_imports_none_of_them(path):
+    """training/*.py is shared by its subfolders; a subfolder imports itself and what is shared."""
+    folders = {child.name for child in (PACKAGE / "training").iterdir() if (child / "__init__.py").exists()}
+    own = path.relative_to(PACKAGE / "training").parts[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastbert_hf.training."):
+            imported = node.module.split(".")[2]
+            assert imported not in folders or imported == own, f"{path.name} imports {node.module}"
 
 
 def test_the_package_never_imports_scripts_or_tests():

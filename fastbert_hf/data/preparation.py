@@ -11,23 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastbert_hf.data.atomic import check_output_folder
 from fastbert_hf.data.cleaning import clean_document
 from fastbert_hf.data.corpus import is_held_out, read_documents
 from fastbert_hf.data.deduplication import SeenDocuments
 from fastbert_hf.data.packing import Packer, check_seq_length, tokenize
-from fastbert_hf.data.prepared import (
-    COUNTS,
-    MANIFEST,
-    TOKENIZER,
-    damage,
-    file_digest,
-    read_manifest,
-    write_manifest,
-    write_shards,
-)
+from fastbert_hf.data.prepared import COUNTS, MANIFEST, TOKENIZER, damage, read_manifest, write_manifest, write_shards
 from fastbert_hf.data.sources import Source
 from fastbert_hf.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
+from fastbert_hf.files import check_output_folder, file_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

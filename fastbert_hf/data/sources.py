@@ -11,7 +11,7 @@ import numpy as np
 
 from fastbert_hf.data.corpus import check_corpus_files, read_documents, text_of
 from fastbert_hf.data.pieces import single_spaces
-from fastbert_hf.data.prepared import file_digest
+from fastbert_hf.files import file_digest
 
 TOKENIZED = "input_ids"  # column of a dataset that is tokenized and packed already
 ROWS = 1000

@@ -14,9 +14,10 @@ from fastbert_hf.data.cleaning import clean_document
 from fastbert_hf.data.deduplication import SeenDocuments
 from fastbert_hf.data.packing import pack_documents
 from fastbert_hf.data.preparation import PreparationSettings, prepare
-from fastbert_hf.data.prepared import PreparedCorpus, file_digest
+from fastbert_hf.data.prepared import PreparedCorpus
 from fastbert_hf.data.sources import HubDataset, LocalFile
 from fastbert_hf.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
+from fastbert_hf.files import file_digest
 
 SENTENCE = "the river flows under a stone bridge and the wind sings over grass near cold clouds"
 WORDS = SENTENCE.split()

@@ -25,9 +25,9 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from fastbert_hf.data.atomic import write_text
 from fastbert_hf.data.glue import Split, Task, TaskData
 from fastbert_hf.data.tokenizer import load_tokenizer
+from fastbert_hf.files import write_text
 from fastbert_hf.training.checkpoints import check_checkpoint, find_checkpoint, remove_checkpoints
 from fastbert_hf.training.figures import plot_confusion, plot_learning_curve
 from fastbert_hf.training.glue.classifier import Head, ModelArguments, fit_head, load_classifier, restrict_training

@@ -6,9 +6,6 @@ scikit-learn and scipy are imported when a metric is computed, so that importing
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-
-from fastbert_hf.data.masking import IGNORED
 
 
 def accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
@@ -124,25 +121,3 @@ def majority_baseline(names: Sequence[str], train_labels, references, is_regress
     results = [compute(names, np.full(len(references), answer), references) for answer in answers]
     best = max(results, key=lambda result: result[main])
     return best | {name: f1(np.ones(len(references), dtype=int), references) for name in names if name == "f1"}
-
-
-def unigram_loss(token_counts: np.ndarray, labels: torch.Tensor) -> float:
-    """Cross-entropy of masked tokens under the training tokens' frequencies with add-one smoothing.
-
-    It is the best that a model can do which ignores the context, so MLM losses mean something only below it.
-
-    Args:
-        token_counts: (V,) how often each id occurs in the training text.
-        labels: (S, T) held-out labels, -100 where nothing is predicted.
-
-    Returns:
-        Mean negative log-probability in nats.
-
-    Raises:
-        ValueError: if no position is labelled.
-    """
-    targets = labels[labels != IGNORED].numpy()
-    if not len(targets):
-        raise ValueError("the unigram baseline needs at least one labelled position; got none")
-    counts = token_counts.astype(np.float64) + 1.0  # (V,)
-    return float(-np.log(counts / counts.sum())[targets].mean())

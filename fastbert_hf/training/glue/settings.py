@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
 
-from fastbert_hf.data.atomic import write_text
 from fastbert_hf.data.glue import Split, TaskData
-from fastbert_hf.data.prepared import file_digest
+from fastbert_hf.files import file_digest, write_text
 from fastbert_hf.training.checkpoints import FRESH, last_checkpoint
 from fastbert_hf.training.glue.classifier import ModelArguments
 from fastbert_hf.training.glue.options import DataTrainingArguments

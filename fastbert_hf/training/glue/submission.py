@@ -6,8 +6,8 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastbert_hf.data.atomic import write_text
 from fastbert_hf.data.glue import Split, Task
+from fastbert_hf.files import write_text
 
 # (task, test split) -> file; the server wants all of them. AX.tsv, its diagnostic set, is not part of the nine tasks.
 FILES = {

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastbert_hf.data.atomic import write_text
 from fastbert_hf.data.glue import TASKS
+from fastbert_hf.files import write_text
 
 # (title, task, key of the summary), in the paper's order; the first group makes the average, CoLA the second average
 AVERAGED = [

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
-from fastbert_hf.data.atomic import write_text
+from fastbert_hf.files import write_text
 from fastbert_hf.training.figures import plot_curves
 from fastbert_hf.training.pretraining.report import HISTORY
 

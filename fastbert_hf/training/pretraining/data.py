@@ -12,9 +12,10 @@ from fastbert_hf.data.corpus import check_corpus_files, read_documents, split_do
 from fastbert_hf.data.masking import MaskedLanguageModelCollator, MaskedSequences
 from fastbert_hf.data.packing import PackedSequences, pack_documents
 from fastbert_hf.data.preparation import PreparationSettings, prepare
-from fastbert_hf.data.prepared import PreparedCorpus, file_digest
+from fastbert_hf.data.prepared import PreparedCorpus
 from fastbert_hf.data.sources import LocalFile
-from fastbert_hf.training.glue.metrics import unigram_loss
+from fastbert_hf.files import file_digest
+from fastbert_hf.training.pretraining.baseline import unigram_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastbert_hf.data.atomic import write_text
+from fastbert_hf.files import write_text
 from fastbert_hf.training.figures import plot_learning_curve, plot_tree_usage
 from fastbert_hf.training.pretraining.data import CorpusArguments, PretrainingData
 from fastbert_hf.training.pretraining.trainer import BudgetTrainer

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import fastbert_hf.training
-from fastbert_hf.training.glue.metrics import compute, decode_predictions, majority_baseline, unigram_loss
+from fastbert_hf.training.glue.metrics import compute, decode_predictions, majority_baseline
 
 TRUTH = [1, 1, 1, 0, 0, 1]
 ANSWERS = [1, 0, 1, 1, 0, 1]  # 3 true positives, 1 false positive, 1 false negative, 1 true negative
-SCRIPT = str(Path(fastbert_hf.training.__file__).parent / "glue_metric.py")
+SCRIPT = str(Path(fastbert_hf.training.__file__).parent / "glue" / "evaluate_metric.py")
 
 
 def test_classification_metrics_by_hand():
@@ -72,15 +71,6 @@ def test_majority_baseline_answers_the_most_frequent_training_label():
     # class 0 is the more frequent one; always answering 1 has precision 1/3 and recall 1
     both = majority_baseline(["f1", "accuracy"], [0, 0, 1], [0, 1, 0], False)
     assert both == {"f1": pytest.approx(0.5), "accuracy": pytest.approx(2 / 3)}
-
-
-def test_unigram_loss_by_hand():
-    counts = np.array([3, 2, 0, 1])  # with one more each: 4, 3, 1, 2 of 10
-    labels = torch.tensor([[0, -100, 2], [-100, 3, -100]])
-    expected = -(math.log(0.4) + math.log(0.1) + math.log(0.2)) / 3
-    assert unigram_loss(counts, labels) == pytest.approx(expected)
-    with pytest.raises(ValueError, match="at least one labelled"):
-        unigram_loss(counts, torch.full((1, 3), -100))
 
 
 def test_evaluate_metric_loads_from_its_path_and_agrees(tmp_path):

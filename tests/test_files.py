@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from fastbert_hf.data.atomic import remove_staged, staged_folder
-from fastbert_hf.data.staging import is_disk_full
+from fastbert_hf.files import is_disk_full, remove_staged, staged_folder
 
 WRITER = """
 import os, sys
-from fastbert_hf.data.atomic import staged_folder
+from fastbert_hf.files import staged_folder
 with staged_folder(sys.argv[1]) as stage:
     (stage / "large.bin").write_bytes(bytes(1000))
     print(stage, flush=True)

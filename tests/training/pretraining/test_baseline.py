@@ -1,5 +1,7 @@
 """The unigram baseline is what a hand computes."""
 
+import math
+
 import numpy as np
 import pytest
 import torch

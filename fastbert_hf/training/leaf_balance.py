@@ -37,10 +37,16 @@ def stop_counting(model: nn.Module) -> None:
         layer.leaf_counts = None
 
 
-def check_rate(rate: float) -> None:
-    """Raise ValueError unless the rate is a finite number of 0 or above."""
+def check_balance(rate: float, model: nn.Module | None = None) -> None:
+    """Check a rate and, where it is given, that the model has what is to be balanced.
+
+    Raises:
+        ValueError: a rate that is negative or not finite; one above 0 and a model without leaf trees.
+    """
     if not 0 <= rate < math.inf:
         raise ValueError(f"balance_leaves must be a rate of 0 or above; got {rate}")
+    if rate and model is not None and not leaf_layers(model):
+        raise ValueError(f"balance_leaves is {rate} and the model has no leaf trees: fff_leaf_width is not set")
 
 
 def router_counts(leaf_counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +86,7 @@ def balance_leaves(model: nn.Module, rate: float) -> None:
     Raises:
         ValueError: a rate that is negative or not finite; weights of which this process holds a part only.
     """
-    check_rate(rate)
+    check_balance(rate)
     layers = [layer for layer in leaf_layers(model) if layer.leaf_counts is not None]
     if not layers:
         return
@@ -124,14 +130,14 @@ class BalanceLeaves(TrainerCallback):
     """
 
     def __init__(self, rate: float):
-        check_rate(rate)
+        check_balance(rate)
         self.rate = rate
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Begin to count."""
         if not self.rate:
             return
-        _check_model(model, self.rate)
+        check_balance(self.rate, model)
         if args.fsdp or args.deepspeed:
             raise ValueError("balance_leaves works with whole weights in every process: not with FSDP or DeepSpeed")
         start_counting(model)
@@ -151,11 +157,6 @@ class BalanceLeaves(TrainerCallback):
             stop_counting(model)
 
 
-def _check_model(model: nn.Module, rate: float) -> None:
-    if not leaf_layers(model):
-        raise ValueError(f"balance_leaves is {rate} and the model has no leaf trees: fff_leaf_width is not set")
-
-
 def _was_taken(model: nn.Module) -> bool:
     """Whether the step's gradients are finite, by those of the thresholds, which all processes share."""
     thresholds = [layer.threshold for layer in leaf_layers(model) if layer.threshold.numel()]
@@ -169,8 +170,6 @@ def add_balance(trainer: "Trainer", rate: float) -> None:
     Raises:
         ValueError: a rate that is negative or not finite, or a model without leaf trees.
     """
-    check_rate(rate)
-    if not rate:
-        return
-    _check_model(trainer.model, rate)
-    trainer.add_callback(BalanceLeaves(rate))
+    check_balance(rate, trainer.model)
+    if rate:
+        trainer.add_callback(BalanceLeaves(rate))

@@ -14,7 +14,7 @@ from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.training.budget import UNITS, BudgetClock
 from fastbert_hf.training.budget_trainer import BudgetTrainer
 from fastbert_hf.training.checkpoints import check_checkpoint, find_checkpoint, remove_checkpoints
-from fastbert_hf.training.leaf_balance import add_balance, check_rate
+from fastbert_hf.training.leaf_balance import add_balance, check_balance
 from fastbert_hf.training.pretraining_data import (
     CorpusArguments,
     PretrainingData,
@@ -102,7 +102,7 @@ def _check(options: PretrainingArguments, args: TrainingArguments) -> None:
             raise ValueError(f"{name} must be zero or above; got {getattr(options, name)}")
     if options.max_bad_steps < 1:
         raise ValueError(f"max_bad_steps must be at least 1; got {options.max_bad_steps}")
-    check_rate(options.balance_leaves)
+    check_balance(options.balance_leaves)
     check_corpus(options)
 
 
@@ -212,6 +212,7 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
         options.disable_dropout,
     )  # fmt: skip
     check_checkpoint(checkpoint, model.config)
+    check_balance(options.balance_leaves, model)
     size = step_size(options, args)
     data = prepare_data(options, tokenizer, size, model.config.vocab_size, args.seed, not args.disable_tqdm)
     clock = budget_clock(options, args, len(data.train) // size)

@@ -17,10 +17,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import Parameter
 
 from .backends_fastbert import BACKEND_VARIABLE, backend_for, chosen_backend, register_backends, use_backend
+from .dispatch_fastbert import PLAIN_TYPES, is_exporting, refuse_forward_mode, register_autocast, runs_directly
 from .fff_reference import (
     accumulation_dtype,
     check_arguments,
@@ -30,8 +29,6 @@ from .fff_reference import (
 )
 
 __all__ = ["BACKENDS", "BACKEND_VARIABLE", "Backend", "ReferenceBackend", "fff", "select_backend", "use_backend"]
-
-PLAIN_TYPES = (Tensor, Parameter)  # subclasses may have no storage of their own, or intercept the call
 
 
 class Backend(Protocol):
@@ -141,7 +138,7 @@ def _register_op() -> None:
         return (*(next(gradients) if wanted else None for wanted in output_mask), None, None, None)
 
     op.register_autograd(backward, setup_context=setup_context)
-    _register_autocast()
+    register_autocast("fff_v1")
 
 
 def _register_backward_op():
@@ -183,53 +180,8 @@ def _register_backward_op():
     return backward_op
 
 
-def _register_autocast() -> None:
-    """Cast every input of the op to the dtype of the autocast region it is called in."""
-    library = torch.library.Library("fastbert", "FRAGMENT")
-    _LIBRARIES.append(library)
-    for device_type in ("cpu", "cuda", "xpu"):
-        if not torch.amp.is_autocast_available(device_type):
-            continue
-        key = "Autocast" + torch._C._dispatch_key_for_device(device_type)
-
-        def cast_inputs(_keyset, *args, device_type=device_type, key=key):
-            dtype = torch.get_autocast_dtype(device_type)
-            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-                return torch.ops.fastbert.fff_v1(
-                    *(a.to(dtype) if isinstance(a, Tensor) and a.dtype != torch.float64 else a for a in args)
-                )
-
-        library.impl("fff_v1", cast_inputs, key, with_keyset=True)
-
-
-_LIBRARIES: list[torch.library.Library] = []  # a Library's registrations end with it
 if not hasattr(torch.ops.fastbert, "fff_v1"):
     _register_op()
-
-
-def _runs_directly(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor) -> bool:
-    """Whether nothing but the numbers is asked for: no gradient, tracing, autocast, mode, or tensor subclass."""
-    return not (
-        torch.compiler.is_compiling()
-        or x.device.type == "meta"
-        or torch.is_autocast_enabled(x.device.type)
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or type(x) not in PLAIN_TYPES
-        or type(weight_in) not in PLAIN_TYPES
-        or type(weight_out) not in PLAIN_TYPES
-        or (bias_in is not None and type(bias_in) not in PLAIN_TYPES)
-        or x.is_neg()  # a sign that the dispatcher resolves
-        or (
-            torch.is_grad_enabled()
-            and (
-                x.requires_grad
-                or weight_in.requires_grad
-                or weight_out.requires_grad
-                or (bias_in is not None and bias_in.requires_grad)
-            )
-        )
-    )
 
 
 def fff(
@@ -255,12 +207,11 @@ def fff(
         ValueError: shapes, dtypes or devices that do not fit, an unknown activation, or a chosen backend that
             declines.
     """
-    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+    if is_exporting():
         check_arguments(x, weight_in, bias_in, weight_out, trees, depth, activation)
         return fff_traceable(x, weight_in, bias_in, weight_out, trees, depth, activation)
-    if forward_ad._current_level >= 0:
-        raise NotImplementedError("the FFF op has no forward-mode derivative; use reverse mode")
-    if _runs_directly(x, weight_in, bias_in, weight_out):
+    refuse_forward_mode("fff")
+    if runs_directly(x, weight_in, bias_in, weight_out):
         backend = select_backend(x, weight_in, weight_out, trees, depth, activation)
         return backend.infer(x, weight_in, bias_in, weight_out, trees, depth, activation)
     return torch.ops.fastbert.fff_v1(x, weight_in, bias_in, weight_out, trees, depth, activation)[0]

@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Gathered parameter rows held at once by one chunk: 512 rows of 768 float32 values are 1.5 MB, which a core's
-# cache holds (measured: 256 to 1024 are equally fast, 4096 is 5 times slower).
+# Gathered parameter rows held at once by one chunk on a CPU: 512 rows of 768 float32 values are 1.5 MB, which a
+# core's cache holds (measured: 256 to 1024 are equally fast, 4096 is 5 times slower).
 GATHERED_ROWS = 512
+# Bytes of them on other devices, where each chunk costs launches of kernels that many rows fill: 16384 tokens of 768
+# float32 values are 50 MB a level.
+GATHERED_BYTES = 256 << 20
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACTIVATIONS = {
@@ -121,12 +124,18 @@ def gathered_dots(vectors: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
     Returns: (N, K). A product and a sum, not a matrix product: those may run in TF32 or bfloat16.
     """
     dtype = accumulation_dtype(weight.dtype)
-    chunk = max(1, GATHERED_ROWS // max(1, rows.shape[1]))
+    chunk = _chunk_rows(vectors.device, rows.shape[1], weight.shape[1] * dtype.itemsize)
     dots = [
         (weight[r].to(dtype) * v.to(dtype).unsqueeze(1)).sum(-1)  # (c, K, W) -> (c, K)
         for v, r in zip(vectors.split(chunk), rows.split(chunk))
     ]
     return torch.cat(dots)
+
+
+def _chunk_rows(device: torch.device, rows_per_vector: int, row_bytes: int) -> int:
+    """Vectors of one chunk: each gathers `rows_per_vector` parameter rows of `row_bytes`."""
+    gathered = GATHERED_ROWS if device.type == "cpu" else GATHERED_BYTES // max(1, row_bytes)
+    return max(1, gathered // max(1, rows_per_vector))
 
 
 def gathered_sum(coefficients: Tensor, weight: Tensor, rows: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ class LeafFeedForward(nn.Module):
         initializer_range: standard deviation of the leaves' weights at initialisation.
     Parameters: router (P*r, H), threshold (P*r,), weight_in (P*m*w, H), bias_in (P*m*w,) or None,
         weight_out (P*m*w, H_out), bias_out (P*m, H_out) or None.
-    Attributes: leaf_counts (P, m) int64 or None. Where it is a tensor, forward in training adds the rows that took each
-        leaf. It is not part of the model's state.
+    Attributes: leaf_counts (P, m) int64 or None. Where it is a tensor, forward in training adds the rows that took
+        each leaf. It is not part of the model's state.
     Raises:
         ValueError: a size outside its range or an unknown activation.
     Source: arXiv 2308.14711; the confidence that scales a leaf is ours.
@@ -125,7 +125,7 @@ class LeafFeedForward(nn.Module):
 
     @torch.no_grad()
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The leaf of each row in each tree, from the left, and its confidence: (..., H) -> (..., P) int64 and float."""
+        """The leaf of each row in each tree, from the left, and its confidence: (..., H) -> (..., P) int64, float."""
         rows = x.reshape(-1, x.shape[-1]).to(self.weight_in.dtype)
         _, leaves, _, margins, _ = torch.ops.fastbert.leaf_trees_v1(rows, *self.op_arguments())
         shape = (*x.shape[:-1], self.trees)

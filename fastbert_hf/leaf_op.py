@@ -167,9 +167,7 @@ def _register_backward_op():
         else:
             taken = select_leaf_backend(x, weight_in, weight_out, trees, depth, activation, default)
         parameters = (router, threshold, weight_in, bias_in, weight_out, bias_out)
-        gradients = taken.backward(
-            grad_y, x, *parameters, leaves, deciders, margins, logits, activation, output_mask
-        )
+        gradients = taken.backward(grad_y, x, *parameters, leaves, deciders, margins, logits, activation, output_mask)
         return [gradient for gradient in gradients if gradient is not None]
 
     @backward_op.register_fake

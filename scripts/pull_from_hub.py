@@ -24,7 +24,11 @@ def main(argv: list[str] | None = None) -> Pulled:
     options = parser.parse_args(argv)
     pulled = pull(options.repo, options.folder, options.revision, options.convert)
     source = "the cache, offline" if pulled.from_cache else "the Hub"
-    print(f"{pulled.repo} at {pulled.commit}, from {source}: {pulled.files} files, checksums verified")
+    verified = "checksums verified"
+    if pulled.unverified:
+        # on Windows without its developer mode, for one
+        verified = f"{pulled.unverified} of them not verified: a cache without symbolic links keeps no checksums"
+    print(f"{pulled.repo} at {pulled.commit}, from {source}: {pulled.files} files, {verified}")
     for line in pulled.conversion.lines() if pulled.conversion else ():
         print(f"  {line}")
     print(f"in {pulled.folder}")

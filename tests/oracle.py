@@ -91,3 +91,56 @@ def _published_feed_forward(arch: dict, tensors: dict[str, Tensor], name: str, h
     else:
         inner = F.gelu(inner)
     return F.linear(inner, tensors[f"{name}.dense_out.weight"])
+
+
+def path_logits(x: Tensor, router: Tensor, threshold: Tensor, trees: int, depth: int) -> tuple[Tensor, Tensor]:
+    """Logits of the decisions of leaf trees (N, P, D) and their routers (N, P, D), from the logits of all routers."""
+    logits = (x @ router.T - threshold).view(x.shape[0], trees, 2**depth - 1)  # (N, P, r)
+    visited = torch.zeros(x.shape[0], trees, depth, dtype=torch.int64)
+    for row in range(x.shape[0]):
+        for tree in range(trees):
+            node = 0
+            for level in range(depth):
+                visited[row, tree, level] = node
+                node = 2 * node + (2 if logits[row, tree, node] > 0 else 1)
+    return logits.gather(-1, visited), visited
+
+
+def dense_leaves(
+    x: Tensor,
+    router: Tensor,
+    threshold: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    trees: int,
+    depth: int,
+    activation: str = "gelu",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute every leaf, then zero those that a row did not reach.
+
+    Returns: y (N, H_out); the leaf of each row in each tree and the router of its least certain decision, the first
+    of equals, both (N, P) int64.
+    """
+    num_rows, leaves = x.shape[0], 2**depth
+    logits, visited = path_logits(x, router, threshold, trees, depth)
+    reached, deciders = torch.zeros(2, num_rows, trees, dtype=torch.int64)
+    confidence = x.new_ones(num_rows, trees)
+    for row in range(num_rows):
+        for tree in range(trees):
+            for level in range(depth):
+                reached[row, tree] = 2 * reached[row, tree] + (logits[row, tree, level] > 0)
+            if depth:
+                certainty = logits[row, tree].abs().tolist()
+                first = certainty.index(min(certainty))
+                deciders[row, tree] = visited[row, tree, first]
+                confidence[row, tree] = logits[row, tree, first].abs().sigmoid()
+    width, width_out = weight_in.shape[0] // (trees * leaves), weight_out.shape[1]
+    hidden = ACTIVATIONS[activation](F.linear(x, weight_in, bias_in)).view(num_rows, trees, leaves, width)
+    y = torch.einsum("npmw,pmwo->npmo", hidden, weight_out.view(trees, leaves, width, width_out))
+    if bias_out is not None:
+        y = y + bias_out.view(trees, leaves, width_out)
+    mask = F.one_hot(reached, leaves).bool()
+    y = torch.where(mask.unsqueeze(-1), confidence[..., None, None] * y, 0.0)
+    return y.sum((1, 2)), reached, deciders

@@ -9,14 +9,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fastbert_hf"
 # each level may import from itself and from those before it
 LEVELS = [
-    ("fff_reference", "kernels"),
-    ("backends_fastbert",),
-    ("fff_op",),
-    ("fff_layer",),
-    ("configuration_fastbert",),
+    ("fff_reference", "leaf_reference", "kernels"),
+    ("backends_fastbert", "dispatch_fastbert"),
+    ("fff_op", "leaf_op"),
+    ("fff_layer", "leaf_layer"),
+    ("configuration_fastbert", "inputs_fastbert"),
     ("encoder_fastbert",),
     ("heads_fastbert",),
     ("checkpoint_fastbert",),
+    ("pretrained_fastbert",),
     ("modeling_fastbert",),
     ("crammed",),
     ("__init__",),
@@ -30,12 +31,18 @@ BUNDLE = [
     "backends_fastbert",
     "checkpoint_fastbert",
     "configuration_fastbert",
+    "dispatch_fastbert",
     "encoder_fastbert",
     "fff_layer",
     "fff_op",
     "fff_reference",
     "heads_fastbert",
+    "inputs_fastbert",
+    "leaf_layer",
+    "leaf_op",
+    "leaf_reference",
     "modeling_fastbert",
+    "pretrained_fastbert",
 ]
 # a command line, not an import of the package: it lists what the op above it can choose from
 EXEMPT = {PACKAGE / "kernels" / "__main__.py"}
@@ -89,7 +96,7 @@ def test_bundle_files_import_siblings_torch_and_transformers_only(name):
     tree = ast.parse((PACKAGE / f"{name}.py").read_text())
     guarded = {child for node in ast.walk(tree) if isinstance(node, ast.Try) for child in ast.walk(node)}
     allowed = {"torch", "transformers", "huggingface_hub"}  # the last comes with transformers
-    standard = {"collections", "contextvars", "functools", "math", "os", "typing"}
+    standard = {"collections", "contextvars", "dataclasses", "difflib", "functools", "math", "os", "typing"}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1 and node.module in BUNDLE

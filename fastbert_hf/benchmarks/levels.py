@@ -1,8 +1,6 @@
 """Load the paper's Level 1 and Level 2 forms, compiled here for this machine."""
 
 import ctypes
-import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -11,21 +9,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastbert_hf.kernels.native.build import BuildError, find_compiler
+
 SOURCE = Path(__file__).with_name("levels.cpp")
 NAMES = ("dense_level1", "dense_level2", "fff_level1", "fff_level2")
 
 
 def compile_levels() -> ctypes.CDLL | str:
     """The compiled forms, or a sentence that says why there are none."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        return "no C++ compiler was found"
-    command = [compiler, "-O3", "-march=native", "-ffast-math", "-fopenmp-simd", "-shared", "-fPIC"]
+    try:
+        compiler = find_compiler()
+    except BuildError as error:
+        return str(error)
+    command = [*compiler, "-O3", "-march=native", "-ffast-math", "-fopenmp-simd", "-shared", "-fPIC"]
     with tempfile.TemporaryDirectory(prefix="fastbert-levels-") as folder:
         target = Path(folder) / "levels.so"
         result = subprocess.run([*command, str(SOURCE), "-o", str(target)], capture_output=True, text=True)
         if result.returncode:
-            return f"{compiler} failed: {result.stderr.strip().splitlines()[-1:]}"
+            return f"{compiler[0]} failed: {result.stderr.strip().splitlines()[-1:]}"
         return ctypes.CDLL(str(target))  # stays mapped when the file is gone
 
 

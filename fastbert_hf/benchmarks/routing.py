@@ -12,6 +12,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 from fastbert_hf.benchmarks.layer import backends_for
 from fastbert_hf.fff_layer import FastFeedForward
 from fastbert_hf.fff_op import use_backend
+from fastbert_hf.hub.weights import check_weights
 
 MASKED_EVERY = 7  # one position in so many is masked, so that predictions are asked of the model
 
@@ -72,7 +73,11 @@ def routing_changes(folder: str, text: str, num_tokens: int = 4096) -> list[Rout
 
     Args:
         folder: a trained FastBERT with its tokenizer. text: a text file. num_tokens: how much of it.
+
+    Raises:
+        ValueError: damaged weights, or an index of them that leads out of the folder.
     """
+    check_weights(folder)
     ids, masked = text_batch(folder, text, num_tokens)
     model = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
     half = copy.deepcopy(model).to(torch.bfloat16)

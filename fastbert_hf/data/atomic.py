@@ -2,10 +2,13 @@
 
 import contextlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from fastbert_hf.data.staging import is_disk_full, remove_leftovers, temporary_folder
 
 
 def check_output_folder(path: str | Path) -> Path:
@@ -42,7 +45,8 @@ def staged_folder(target: str | Path, last: str = "config.json") -> Iterator[Pat
     The temporary folder lies in `target` where that exists, otherwise beside it: the parent of an existing folder
     may belong to somebody else, or to another disk.
 
-    Other files already in `target` (checkpoints, logs) stay. If the body raises, nothing is moved.
+    Other files already in `target` (checkpoints, logs) stay. If the body raises, nothing is moved. What a killed
+    process was collecting for the same target is removed first.
 
     Args:
         target: folder that receives the files.
@@ -53,22 +57,41 @@ def staged_folder(target: str | Path, last: str = "config.json") -> Iterator[Pat
         The temporary folder.
 
     Raises:
-        ValueError: if `target` is a file or cannot be written.
+        ValueError: if `target` is a file or cannot be written, or the disk is full.
     """
     target = check_output_folder(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target if target.is_dir() else target.parent))
+    remove_staged(target)
     try:
-        yield stage
-        target.mkdir(exist_ok=True)
-        if (stage / last).exists():
-            (target / last).unlink(missing_ok=True)
-        names = [file.relative_to(stage) for file in stage.rglob("*") if not file.is_dir()]
-        for name in sorted(names, key=lambda name: (name == Path(last), name)):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(stage / name, target / name)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        with temporary_folder(target if target.is_dir() else target.parent, target.name) as stage:
+            yield stage
+            _move(stage, target, last)
+    except (OSError, SafetensorError) as error:
+        if not is_disk_full(error):
+            raise
+        raise ValueError(f"no room on the disk for {str(target)!r}: {error}") from error
+
+
+def remove_staged(target: str | Path) -> None:
+    """Remove what killed processes were collecting for a folder in `staged_folder`; what is in use stays.
+
+    Args:
+        target: the folder that was to receive the files; it need not exist.
+    """
+    target = Path(target)
+    for parent in (target.parent, target):
+        remove_leftovers(parent, target.name)
+
+
+def _move(stage: Path, target: Path, last: str) -> None:
+    """Move all files of a folder into another, `last` after all others."""
+    target.mkdir(exist_ok=True)
+    if (stage / last).exists():
+        (target / last).unlink(missing_ok=True)
+    names = [file.relative_to(stage) for file in stage.rglob("*") if not file.is_dir()]
+    for name in sorted(names, key=lambda name: (name == Path(last), name)):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(stage / name, target / name)
 
 
 def write_text(target: str | Path, text: str) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from fastbert_hf.data.cleaning import replace_surrogates
+
 LINES = (".txt", ".jsonl")  # one document a line; each may be compressed
 COMPRESSED = (".xz", ".zst")
 SUFFIXES = (*LINES, *(kind + packed for kind in LINES for packed in COMPRESSED), *COMPRESSED, ".parquet")
@@ -40,7 +42,8 @@ def read_documents(paths: Iterable[str | Path], text_column: str = "text") -> It
 
     Args:
         paths: UTF-8 text, one document a line (.txt), JSON objects, one a line (.jsonl), both also compressed (.xz,
-            .zst; without .txt or .jsonl before it: text), or tables (.parquet). Blank documents are skipped.
+            .zst; without .txt or .jsonl before it: text), or tables (.parquet). Blank documents are skipped; lone
+            surrogates become U+FFFD.
         text_column: field of .jsonl and .parquet that holds the text.
 
     Yields:
@@ -104,8 +107,12 @@ def _parquet_documents(file: Path, text_column: str) -> Iterator[str]:
                 raise ValueError(f"corpus file {str(file)!r} has no column {text_column!r}; it has {wanted}")
             number = 0
             for batch in table.iter_batches(batch_size=1000, columns=[text_column]):
-                for value in batch.column(0).to_pylist():
+                for scalar in batch.column(0):
                     number += 1
+                    try:
+                        value = scalar.as_py()
+                    except UnicodeDecodeError as error:
+                        raise ValueError(f"corpus file {str(file)!r}, row {number}: not UTF-8 ({error})") from error
                     yield text_of({text_column: value}, text_column, f"corpus file {str(file)!r}, row {number}")
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"corpus file {str(file)!r} is no whole Parquet file: {error}") from error
@@ -119,6 +126,9 @@ def text_of(row: Any, text_column: str, where: str) -> str:
         text_column: field with the text.
         where: what to call the row in a message.
 
+    Returns:
+        The text, with U+FFFD in the place of every lone surrogate.
+
     Raises:
         ValueError: the row is no object, or has no such field, or no text in it.
     """
@@ -127,7 +137,7 @@ def text_of(row: Any, text_column: str, where: str) -> str:
         raise ValueError(f"{where}: wanted an object with {text_column!r}; got {found}")
     if not isinstance(row[text_column], str):
         raise ValueError(f"{where}: {text_column!r} must be text; got {type(row[text_column]).__name__}")
-    return row[text_column]
+    return replace_surrogates(row[text_column])
 
 
 def is_held_out(key: str, share: float) -> bool:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastbert_hf.data.cleaning import replace_surrogates
+
 # Folders of tests hold little prose; site-packages lies inside the standard library's folder.
 SKIPPED_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "idlelib", "__pycache__", "fastbert_hf"}
 MAX_FILE_BYTES = 400_000  # generated tables: slow to parse, no prose
@@ -64,8 +66,8 @@ def docstrings(path: Path) -> Iterator[str]:
             this Python (templates, other versions, other encodings) gives nothing.
 
     Yields:
-        Cleaned docstrings of the module, its classes and its functions, in source order, without lone surrogates,
-        which UTF-8 cannot hold.
+        Cleaned docstrings of the module, its classes and its functions, in source order, with U+FFFD in the place
+        of lone surrogates.
     """
     try:
         source = path.read_bytes() if path.is_file() else b""
@@ -83,7 +85,7 @@ def docstrings(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
             if text:
-                yield text.encode("utf-8", "ignore").decode("utf-8")
+                yield replace_surrogates(text)
 
 
 def _topics() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The nine GLUE tasks, and classification tasks of one's own in the same shape."""
 
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fastbert_hf.data.tables import SUFFIXES, read_rows
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,10 @@ class TaskData:
     validations: dict[str, Split]
     tests: dict[str, Split] = field(default_factory=dict)
 
+    def suffix(self, name: str) -> str:
+        """What follows a metric's name in the summary for one of the validation splits."""
+        return f"_{name}" if len(self.validations) > 1 else ""
+
     def limited(self, train: int | None, validation: int | None, test: int | None) -> "TaskData":
         """The first rows of each split; None leaves a split whole.
 
@@ -222,11 +229,12 @@ def _number(value: Any) -> float | None:
 
 
 def infer_task(rows: list[dict[str, Any]], name: str) -> Task:
-    """Describe a task of one's own from its training rows.
+    """Describe a task of one's own from its training rows; docs/glue-own-data.md says the same for users.
 
     Text columns are sentence1 and sentence2 where both exist, else the first one or two columns besides `label`
-    and `idx`. Labels that are all fractional numbers mean regression; otherwise the sorted distinct labels are
-    the classes.
+    and `idx`; a warning names columns that are left out. Labels that are all numbers, at least one of them written
+    as a fraction, mean regression; otherwise the sorted distinct labels are the classes. A warning names classes
+    that differ in case alone.
 
     Args:
         rows: training examples.
@@ -236,13 +244,18 @@ def infer_task(rows: list[dict[str, Any]], name: str) -> Task:
         The task, named "own".
 
     Raises:
-        ValueError: if there is no text column or only one class, or naming the row whose label is missing, empty,
-            or neither a text nor a finite number.
+        ValueError: if there is no text column, or a column without a name, or only one class, or naming the row
+            whose label is missing, empty, or neither a text nor a finite number.
     """
     columns = [column for column in rows[0] if column not in ("label", "idx")]
     if "label" not in rows[0] or not columns:
         raise ValueError(f"{name}: wanted one or two text columns and 'label'; got {', '.join(map(str, rows[0]))}")
     texts = _PAIR if set(_PAIR) <= set(columns) else tuple(columns[:2])
+    if "" in texts:
+        place = list(rows[0]).index("") + 1
+        raise ValueError(f"{name}: column {place} has no name; wanted the name of a text, or idx for numbers of rows")
+    if unused := [column for column in columns if column not in texts]:
+        logger.warning("%s: the text is %s; not used: %s", name, " and ".join(texts), ", ".join(unused))
     labels = [row.get("label") for row in rows]
     for number, label in enumerate(labels, start=1):
         _check_own_label(label, f"{name}, row {number}")
@@ -254,6 +267,11 @@ def infer_task(rows: list[dict[str, Any]], name: str) -> Task:
     classes = sorted({str(label) for label in labels}, key=lambda text: (_number(text) is None, _number(text), text))
     if len(classes) < 2:
         raise ValueError(f"{name}: at least two different labels are wanted; all are {classes[0]!r}")
+    spellings: dict[str, list[str]] = {}
+    for label in classes:
+        spellings.setdefault(label.casefold(), []).append(label)
+    for alike in (group for group in spellings.values() if len(group) > 1):
+        logger.warning("%s: labels that differ in case alone are different classes: %s", name, ", ".join(alike))
     return Task("own", texts, tuple(classes))
 
 

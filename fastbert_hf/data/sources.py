@@ -1,5 +1,7 @@
 """Where a corpus comes from: files on this machine, or a dataset of the Hub, streamed or not; text or token ids."""
 
+import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastbert_hf.data.corpus import check_corpus_files, read_documents, text_of
+from fastbert_hf.data.pieces import single_spaces
 from fastbert_hf.data.prepared import file_digest
 
 TOKENIZED = "input_ids"  # column of a dataset that is tokenized and packed already
@@ -118,7 +121,7 @@ class HubDataset:
         """Whether it has token ids and no text."""
         columns = self._open().column_names
         if columns is None:  # some streams tell only with their first row
-            columns = list(next(iter(self._open()), {}))
+            columns = list(next(self._rows(), {}))
         if self.text_column in columns:
             return False
         if TOKENIZED not in columns:
@@ -131,7 +134,7 @@ class HubDataset:
     def documents(self) -> Iterator[str]:
         """The dataset's documents."""
         for number, row in enumerate(self._rows(), start=1):
-            if document := " ".join(text_of(row, self.text_column, f"dataset {self.name!r}, row {number}").split()):
+            if document := single_spaces(text_of(row, self.text_column, f"dataset {self.name!r}, row {number}")):
                 yield document
 
     def sequences(self, seq_length: int, vocab_size: int) -> Iterator[np.ndarray]:
@@ -146,21 +149,27 @@ class HubDataset:
             yield _checked(waiting, seq_length, vocab_size, self.name)
 
     def _rows(self) -> Iterator[dict[str, Any]]:
-        for number, row in enumerate(self._open()):
-            if self.max_documents is not None and number >= self.max_documents:
-                return
-            yield row
+        with self._named_errors("read"):
+            yield from itertools.islice(self._open(), self.max_documents)
 
     def _open(self):
         from datasets import load_dataset
 
-        try:
+        with self._named_errors("loaded"):
             return load_dataset(
                 self.name, self.config, split=self.split, revision=self.revision, streaming=self.streaming
             )
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"dataset {self.name!r} cannot be loaded: {reason}") from error
+
+    @contextlib.contextmanager
+    def _named_errors(self, what: str) -> Iterator[None]:
+        """Turn what the library says about bad rows, which names neither dataset nor cause, into one sentence."""
+        from datasets.exceptions import DatasetsError
+
+        try:
+            yield
+        except (OSError, ValueError, KeyError, DatasetsError) as error:
+            reason = str(error.__cause__ or error).strip() or type(error).__name__
+            raise ValueError(f"dataset {self.name!r} cannot be {what}: {reason.splitlines()[0]}") from error
 
 
 def _checked(rows: list, seq_length: int, vocab_size: int, name: str) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Talking to the Hub: who is asking and what they may do, patience with a busy server, errors in one line."""
 
-import errno
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,10 +17,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from fastbert_hf.data.staging import is_disk_full
+
 T = TypeVar("T")
 
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each new attempt after an error of the server's own
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _status(error: BaseException | None) -> int | None:
@@ -77,7 +77,7 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
     except ValueError:
         raise  # explained already
     except Exception as error:
-        if getattr(error, "errno", None) in NO_ROOM:
+        if is_disk_full(error):
             raise ValueError(f"no room on the disk for {repo}: {error}") from error
         if _status(error) is not None:  # the client wraps errors of its upload threads
             raise ValueError(_failure(error, repo)) from error

@@ -1,7 +1,7 @@
 """The model card: `model_card.md` filled with what the model's folder knows. What is not known is left out."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fastbert_hf.configuration_fastbert import FastBertConfig
+from fastbert_hf.hub.json_files import read_json
+from fastbert_hf.hub.origin import repository_address
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 WHOLE_MODEL = "whole encoder, inference"  # section of the benchmark
@@ -30,23 +32,6 @@ METRICS = {
 }
 METRIC_IDS = {"pearson": "pearsonr", "spearman": "spearmanr"}  # as https://hf.co/metrics calls them
 KEPT_METADATA = ("license", "license_name", "license_link", "language", "base_model", "datasets")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file.
-
-    Raises:
-        ValueError: the file is not a JSON object.
-    """
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(file)!r} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(file)!r} holds {type(content).__name__}; expected a JSON object")
-    return content
 
 
 def kept_metadata(folder: Path) -> dict[str, Any]:
@@ -188,6 +173,17 @@ def speed_table(file: Path, config: FastBertConfig) -> str:
     return "\n".join([f"Measured with `scripts/benchmark.py` on {described}.", "", *head, *rows])
 
 
+@contextmanager
+def _about(file: Path) -> Iterator[None]:
+    """Raise what a value of the wrong kind in a file causes as a ValueError that names the file."""
+    try:
+        yield
+    except (AttributeError, KeyError, RecursionError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{str(file)!r} holds something else than expected: {type(error).__name__}: {error}"
+        ) from error
+
+
 def render_card(
     folder: Path,
     config: FastBertConfig,
@@ -215,7 +211,14 @@ def render_card(
         ValueError: a file that is not what it should be.
     """
     summary, recipe = read_json(folder / SUMMARY), read_json(folder / RECIPE)
-    metadata = kept_metadata(folder) | ({"license": license} if license else {})
+    with _about(folder / "README.md"):
+        metadata = kept_metadata(folder) | ({"license": license} if license else {})
+    with _about(folder / SUMMARY):
+        evaluations = evaluation_results(summary)
+        sections = {"results": results_table(summary), "sources": sources_text(summary)}
+        sections |= {"limits": limits_text(summary, parameters), "training": training_text(summary, recipe)}
+    with _about(speed or folder):
+        sections["speed"] = speed_table(speed, config) if speed else ""
     pipeline, auto_class = PIPELINES[architecture]
     name = repo.rpartition("/")[2]
     data = ModelCardData(
@@ -223,7 +226,7 @@ def render_card(
         pipeline_tag=pipeline,
         tags=["fastbert", "fast-feedforward"],
         model_name=name,
-        eval_results=evaluation_results(summary) or None,
+        eval_results=evaluations or None,
         **metadata,
     )
     card = ModelCard.from_template(
@@ -231,14 +234,11 @@ def render_card(
         template_path=str(TEMPLATE),
         model_id=repo,
         auto_class=auto_class,
+        repository=repository_address(),
         parameters=f"{parameters:,}",
         labels=", ".join(config.id2label.values()) if pipeline.endswith("classification") else "",
         has_tokenizer=(folder / "tokenizer_config.json").is_file(),
-        training=training_text(summary, recipe),
-        results=results_table(summary),
-        sources=sources_text(summary),
-        limits=limits_text(summary, parameters),
-        speed=speed_table(speed, config) if speed else "",
+        **sections,
         neurons_per_token=config.neurons_per_token,
         neurons_per_layer=config.neurons_per_layer,
         **config.to_dict(),

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from fastbert_hf.crammed import FirstStored, SplitHeadwise, TransposeRows, weight_conversions
-from fastbert_hf.hub.files import is_pickled, largest_difference, load_model, read_config, sample_outputs
+from fastbert_hf.hub.files import largest_difference, load_model, read_config, sample_outputs
+from fastbert_hf.hub.weights import INDEX_SUFFIX, is_pickled, stored_shapes
 from fastbert_hf.modeling_fastbert import FastBertPreTrainedModel
 
 CHANGES = {SplitHeadwise: "split", TransposeRows: "transposed", FirstStored: "renamed"}
@@ -60,12 +60,8 @@ class Conversion:
 
 
 def stored_tensors(folder: Path) -> list[str]:
-    """Names of the tensors in a folder's safetensors files; only headers are read."""
-    names: list[str] = []
-    for file in sorted(folder.glob("model*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            names += tensors.keys()
-    return sorted(names)
+    """Names of the tensors that a model is loaded from; only headers are read."""
+    return sorted(stored_shapes(folder))
 
 
 def trace_tensors(stored: list[str], model: FastBertPreTrainedModel) -> dict[str, tuple[str, list[str]]]:
@@ -130,7 +126,7 @@ def copy_companions(source: Path, target: Path) -> None:
     for file in sorted(source.rglob("*")):
         name = file.relative_to(source)
         layout = name.name == "config.json" or name.suffix in (".safetensors", ".py") or is_pickled(name.name)
-        layout = layout or name.name.endswith(".safetensors.index.json")
+        layout = layout or name.name.endswith(INDEX_SUFFIX)
         hidden = any(part.startswith(".") for part in name.parts)
         if file.is_file() and not (len(name.parts) == 1 and layout) and not hidden and not (target / name).exists():
             (target / name).parent.mkdir(parents=True, exist_ok=True)

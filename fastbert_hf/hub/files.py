@@ -1,22 +1,25 @@
 """The files of a repository: which are safe to take, what they must hash to, and the model in them."""
 
 import hashlib
-import json
-from collections.abc import Iterable
-from pathlib import Path, PurePosixPath, PureWindowsPath
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
 from huggingface_hub import RepoFile
 from transformers import AutoConfig
+from transformers.utils import logging
 
 import fastbert_hf
-from fastbert_hf.configuration_fastbert import AUTO_MAP
+from fastbert_hf.checkpoint_fastbert import misfits
+from fastbert_hf.configuration_fastbert import AUTO_MAP, FastBertConfig
 from fastbert_hf.crammed import MODEL_TYPE
+from fastbert_hf.hub.json_files import read_json
+from fastbert_hf.hub.weights import check_weight_names, check_weights, stored_shapes
 from fastbert_hf.modeling_fastbert import FastBertPreTrainedModel
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLED = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")  # formats that can run code when opened
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -26,6 +29,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+MOST_POSITIONS = 1 << 24  # fixed positions are not stored, but a table of them is made
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 MODEL_CLASSES = (
     "FastBertModel",
@@ -35,11 +39,6 @@ MODEL_CLASSES = (
     "FastBertForQuestionAnswering",
     "FastBertForMultipleChoice",
 )
-
-
-def is_pickled(path: str) -> bool:
-    """Whether a file name is that of a format which can run code when it is opened."""
-    return PurePosixPath(path).suffix.lower() in PICKLED
 
 
 def check_paths(paths: Iterable[str], repo: str) -> None:
@@ -64,24 +63,6 @@ def check_paths(paths: Iterable[str], repo: str) -> None:
         if path.lower() in seen:
             raise ValueError(f"{repo} lists {path!r} twice, in upper and lower case; nothing was taken")
         seen.add(path.lower())
-
-
-def check_weights(paths: Iterable[str], where: str) -> None:
-    """Check that weights are there in a format that is only data.
-
-    Raises:
-        ValueError: no safetensors file; if there are pickles, with the reason why they are not read.
-    """
-    names = set(paths)
-    if names & {WEIGHTS, INDEX}:
-        return
-    pickles = sorted(name for name in names if is_pickled(name))
-    if pickles:
-        raise ValueError(
-            f"{where} has its weights in {pickles[0]} only: a pickle, which can run code when it is opened, so it is "
-            f"never read here; expected {WEIGHTS} (its owner can convert it)"
-        )
-    raise ValueError(f"{where} holds no weights; expected {WEIGHTS}")
 
 
 def checksum(file: Path, kind: str) -> str:
@@ -109,11 +90,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"no model in {str(folder)!r}: config.json is missing")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        model_type = config.get("model_type")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{str(file)!r} is not a JSON object: {error}") from error
+    config = read_json(file)
+    model_type = config.get("model_type")
     if model_type not in ("fastbert", MODEL_TYPE):
         raise ValueError(f"{str(file)!r} has model_type {model_type!r}; expected 'fastbert' or {MODEL_TYPE!r}")
     return config
@@ -128,7 +106,8 @@ def model_class(config: dict[str, Any]) -> type[FastBertPreTrainedModel]:
     Raises:
         ValueError: `architectures` names none of ours.
     """
-    name = str((config.get("architectures") or [""])[0])
+    names = config.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else str(names)
     if config["model_type"] == MODEL_TYPE:
         classifier = "SequenceClassification" in name
         name = "FastBertForSequenceClassification" if classifier else "FastBertForMaskedLM"
@@ -141,20 +120,70 @@ def load_model(folder: Path) -> FastBertPreTrainedModel:
     """Load the model of a folder, whole: from safetensors, with the package's own code, in evaluation mode.
 
     Raises:
-        ValueError: not a FastBERT, weights only as pickles, or tensors that do not fit the configuration.
+        ValueError: not a FastBERT, weights only as pickles, damaged or outside the folder, or tensors that do not fit
+            the configuration.
     """
-    config = read_config(folder)
-    check_weights((path.name for path in folder.iterdir()), str(folder))
-    native = AutoConfig.from_pretrained(folder)
-    native.auto_map = dict(AUTO_MAP)  # whatever code the folder names: the package's own is what runs and is saved
-    model, info = model_class(config).from_pretrained(
-        folder, config=native, output_loading_info=True, local_files_only=True
-    )
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            names = ", ".join(sorted(str(entry) for entry in info[kind])[:5])
-            raise ValueError(f"{folder}: {kind.replace('_', ' ')} {names}; expected exactly the model's tensors")
+    content = read_config(folder)
+    check_weight_names((path.name for path in folder.iterdir()), str(folder))
+    check_weights(folder)
+    architecture = model_class(content)
+    with _about(folder):
+        config = AutoConfig.from_pretrained(folder)
+        config.auto_map = dict(
+            AUTO_MAP
+        )  # whatever code the folder names: the package's own is what runs and is saved
+        check_sizes(architecture, config, folder)
+        model, info = architecture.from_pretrained(
+            folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
+        )
+        problems = misfits(model, info, (), replace_mismatched=False)
+        if problems:
+            raise ValueError(f"the tensors in {folder} do not fit its config.json: {'; '.join(problems)}")
     return model.eval()
+
+
+@contextmanager
+def _about(folder: Path) -> Iterator[None]:
+    """Raise whatever configuration and weights of a folder make the library raise as a ValueError of one line."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its table of tensors that do not fit: the error names them
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(f"no model can be built from {folder}: {type(error).__name__}: {reason}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def check_sizes(architecture: type[FastBertPreTrainedModel], config: FastBertConfig, folder: Path) -> None:
+    """Check, before memory is taken, that a configuration describes no more than a folder's weights hold.
+
+    Args:
+        architecture: the class that is to be built.
+        config: read from config.json.
+        folder: holds the weights.
+
+    Raises:
+        ValueError: naming the first size that is too large, or the number of values.
+    """
+    shapes = stored_shapes(folder)
+    stored = sum(math.prod(shape) for shape in shapes.values())
+    limits = {"num_hidden_layers": len(shapes)} | dict.fromkeys(("vocab_size", "hidden_size"), stored)
+    limits |= dict.fromkeys(("fff_trees",) if config.ffn_type == "fff" else ("intermediate_size",), stored)
+    fixed_positions = config.position_embedding_type == "scaled_sinusoidal"
+    limits |= {"type_vocab_size": stored, "max_position_embeddings": MOST_POSITIONS if fixed_positions else stored}
+    for name, most in limits.items():
+        value = getattr(config, name)
+        if value > most:
+            held = f"the weights hold {len(shapes)} tensors of {stored} values"
+            raise ValueError(f"config.json in {folder} has {name} {value}; expected at most {most}: {held}")
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in architecture(config).parameters())
+    if parameters > stored:
+        raise ValueError(f"config.json in {folder} describes {parameters} values; the weights hold {stored}")
 
 
 @torch.no_grad()

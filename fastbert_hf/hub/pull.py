@@ -1,6 +1,8 @@
 """Taking a model from the Hub: pinned to a commit, its files checked, on request converted to the native layout."""
 
 import glob
+import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,19 +10,21 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, RepoFile, constants, hf_hub_download, snapshot_download
 
-from fastbert_hf.data.atomic import check_output_folder, staged_folder
+from fastbert_hf.data.atomic import check_output_folder, remove_staged, staged_folder
 from fastbert_hf.hub.access import explained, is_unreachable, patiently
 from fastbert_hf.hub.convert import Conversion, convert
-from fastbert_hf.hub.files import (
+from fastbert_hf.hub.files import check_paths, checksum, expected_checksum, read_config, readable_size
+from fastbert_hf.hub.weights import (
+    INDEX_SUFFIX,
     PICKLED,
-    check_paths,
+    check_indexes,
+    check_weight_names,
     check_weights,
-    checksum,
-    expected_checksum,
     is_pickled,
-    read_config,
-    readable_size,
 )
+
+# {path: (kind, checksum) for `checksum`}; None where a file's checksum is not known
+Checksums = dict[str, tuple[str, str] | None]
 
 
 @dataclass
@@ -30,7 +34,8 @@ class Pulled:
     Attributes:
         repo, commit: where from.
         folder: the target folder, or the snapshot in the client's cache.
-        files: their number, all of them checked.
+        files: their number.
+        unverified: how many of them the cache keeps no checksum of; without `from_cache` none.
         from_cache: whether the Hub was out of reach and the cache answered.
         conversion: the report, if one was asked for.
     """
@@ -39,6 +44,7 @@ class Pulled:
     commit: str
     folder: Path
     files: int
+    unverified: int
     from_cache: bool
     conversion: Conversion | None = None
 
@@ -57,6 +63,7 @@ def pull(repo: str, folder: str | Path | None = None, revision: str | None = Non
     """
     if folder is not None:
         check_output_folder(folder)
+        remove_staged(folder)  # before the room on the disk is looked at
     elif to_native:
         raise ValueError("--convert needs a target folder after the repository's name")
     with explained(repo, revision):
@@ -69,7 +76,12 @@ def pull(repo: str, folder: str | Path | None = None, revision: str | None = Non
             snapshot, files = _cached(repo, revision)
             from_cache = True
         _verify(repo, snapshot, files)
-    pulled = Pulled(repo, snapshot.name, snapshot, len(files), from_cache)
+        check_indexes(snapshot, files, repo)
+        read_config(snapshot)
+        unverified = sum(known is None for known in files.values())
+        if unverified:
+            check_weights(snapshot)
+    pulled = Pulled(repo, snapshot.name, snapshot, len(files), unverified, from_cache)
     if folder is None:
         return pulled
     pulled.folder = Path(folder)
@@ -82,7 +94,7 @@ def pull(repo: str, folder: str | Path | None = None, revision: str | None = Non
     return pulled
 
 
-def _download(repo: str, revision: str | None) -> tuple[Path, dict[str, tuple[str, str]]]:
+def _download(repo: str, revision: str | None) -> tuple[Path, Checksums]:
     """Everything but pickles into the cache: (snapshot, {path: what it must hash to})."""
     api = HfApi()
     for _ in range(3):  # the branch may move while it is read
@@ -90,7 +102,7 @@ def _download(repo: str, revision: str | None) -> tuple[Path, dict[str, tuple[st
         listing = patiently(lambda commit=commit: list(api.list_repo_tree(repo, revision=commit, recursive=True)))
         entries = [entry for entry in listing if isinstance(entry, RepoFile)]
         check_paths((entry.path for entry in entries), repo)
-        check_weights((entry.path for entry in entries), repo)
+        check_weight_names((entry.path for entry in entries), repo)
         wanted = [entry for entry in entries if not is_pickled(entry.path)]
         _check_kind(repo, commit, wanted)
         _check_room(repo, wanted)
@@ -103,28 +115,43 @@ def _download(repo: str, revision: str | None) -> tuple[Path, dict[str, tuple[st
 
 
 def _check_kind(repo: str, commit: str, wanted: list[RepoFile]) -> None:
-    """Take config.json alone and look whether the rest is wanted."""
+    """Take config.json and the indexes of weight files alone and look whether the rest is wanted."""
+    paths = [entry.path for entry in wanted]
+    if "config.json" not in paths:
+        raise ValueError(f"{repo} holds no config.json; expected a model of FastBERT or crammedBERT")
     for entry in wanted:
-        if entry.path == "config.json":
-            folder = Path(patiently(hf_hub_download, repo, entry.path, revision=commit)).parent
-            _verify(repo, folder, {entry.path: expected_checksum(entry)})
-            read_config(folder)
-            return
-    raise ValueError(f"{repo} holds no config.json; expected a model of FastBERT or crammedBERT")
+        if entry.path == "config.json" or entry.path.endswith(INDEX_SUFFIX):
+            file = Path(patiently(hf_hub_download, repo, entry.path, revision=commit))
+            snapshot = file.parents[entry.path.count("/")]
+            _verify(repo, snapshot, {entry.path: expected_checksum(entry)})
+    read_config(snapshot)
+    check_indexes(snapshot, paths, repo)
 
 
-def _cached(repo: str, revision: str | None) -> tuple[Path, dict[str, tuple[str, str]]]:
-    """What `_download` left in the cache, where every file is stored under its checksum."""
+def _cached(repo: str, revision: str | None) -> tuple[Path, Checksums]:
+    """What `_download` left in the cache."""
     patterns = [f"*{suffix}" for suffix in PICKLED]
     snapshot = Path(snapshot_download(repo, revision=revision, local_files_only=True, ignore_patterns=patterns))
-    files = {}
-    for file in snapshot.rglob("*"):
-        blob = file.resolve().name
-        if file.is_file() and not is_pickled(file.name):
-            files[file.relative_to(snapshot).as_posix()] = ("sha256" if len(blob) == 64 else "git", blob)
-    check_weights(files, repo)
-    read_config(snapshot)
+    files = {
+        file.relative_to(snapshot).as_posix(): _cached_checksum(file)
+        for file in snapshot.rglob("*")
+        if file.is_file() and not is_pickled(file.name)
+    }
+    check_weight_names(files, repo)
     return snapshot, files
+
+
+def _cached_checksum(file: Path) -> tuple[str, str] | None:
+    """What a cached file must hash to: it is a link to a file that is named after its checksum.
+
+    Where the client cannot make symbolic links the file itself lies there, and its checksum is kept nowhere: None.
+    """
+    if not file.is_symlink():
+        return None
+    name = os.path.basename(os.readlink(file))  # of the first link: that file may be a link too
+    if re.fullmatch("[0-9a-f]{64}", name):
+        return "sha256", name
+    return ("git", name) if re.fullmatch("[0-9a-f]{40}", name) else None
 
 
 def _check_room(repo: str, wanted: list[RepoFile]) -> None:
@@ -137,12 +164,15 @@ def _check_room(repo: str, wanted: list[RepoFile]) -> None:
         raise ValueError(f"no room on the disk for {repo}: {readable_size(size)} wanted, {readable_size(free)} free")
 
 
-def _verify(repo: str, snapshot: Path, files: dict[str, tuple[str, str]]) -> None:
-    """Check every file; a wrong one is removed from the cache, so that the next attempt takes it anew."""
-    for path, (kind, expected) in files.items():
+def _verify(repo: str, snapshot: Path, files: Checksums) -> None:
+    """Check every file whose checksum is known; a wrong one is removed, so that the next attempt takes it anew."""
+    for path, known in files.items():
         file = snapshot / path
         if not file.is_file():
             raise ValueError(f"{path} of {repo} did not arrive; run the command again")
+        if known is None:
+            continue
+        kind, expected = known
         actual = checksum(file, kind)
         if actual != expected:
             file.resolve().unlink()

@@ -19,20 +19,23 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+from fastbert_hf.data.atomic import check_output_folder
+from fastbert_hf.data.staging import is_disk_full, remove_leftovers, temporary_folder
 from fastbert_hf.hub.access import check_write_access, explained, patiently
 from fastbert_hf.hub.card import render_card
 from fastbert_hf.hub.files import (
-    INDEX,
     LICENCE_FILES,
     TOKENIZER_FILES,
     checksum,
     expected_checksum,
-    is_pickled,
     largest_difference,
     load_model,
     readable_size,
     sample_outputs,
 )
+from fastbert_hf.hub.weights import INDEX, is_pickled
+
+STAGE, VERIFY = "fastbert-push", "fastbert-verify"  # folders for temporary files
 
 
 @dataclass
@@ -97,21 +100,45 @@ def prepared(source: Path, repo: str, options: PushOptions) -> Iterator[Prepared
     Raises:
         ValueError: `source` holds no whole FastBERT, or a file that would be pushed holds the token.
     """
-    source = Path(source)
-    with tempfile.TemporaryDirectory(prefix="fastbert-push-") as temporary:
-        stage = Path(temporary)
-        model = load_model(source)
-        model.save_pretrained(stage, max_shard_size=options.max_shard_size)
-        for name in (*TOKENIZER_FILES, *LICENCE_FILES):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, stage / name)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        card = render_card(
-            source, model.config, type(model).__name__, parameters, repo, options.license, options.benchmark
-        )
-        (stage / "README.md").write_text(card, encoding="utf-8")
-        check_no_token(stage)
-        yield Prepared(stage, sample_outputs(model))
+    for name in (STAGE, VERIFY):
+        remove_leftovers(_temporary_parent(), name)
+    with temporary_folder(_temporary_parent(), STAGE) as stage:
+        with explained(repo):
+            try:
+                outputs = _fill(stage, Path(source), repo, options)
+            except OSError as error:
+                if is_disk_full(error):
+                    raise
+                raise ValueError(f"{error.filename or source}: {error.strerror or error}") from error
+        yield Prepared(stage, outputs)
+
+
+def _temporary_parent() -> Path:
+    """Where temporary folders are made.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    try:
+        return check_output_folder(tempfile.gettempdir())
+    except OSError as error:  # none of the usual places
+        raise ValueError(f"no temporary folder can be made: {error}; TMPDIR names another place") from error
+
+
+def _fill(stage: Path, source: Path, repo: str, options: PushOptions) -> list[torch.Tensor]:
+    """Write what `prepared` promises into an empty folder; what the model computes."""
+    model = load_model(source)
+    model.save_pretrained(stage, max_shard_size=options.max_shard_size)
+    for name in (*TOKENIZER_FILES, *LICENCE_FILES):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, stage / name)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    card = render_card(
+        source, model.config, type(model).__name__, parameters, repo, options.license, options.benchmark
+    )
+    (stage / "README.md").write_text(card, encoding="utf-8")
+    check_no_token(stage)
+    return sample_outputs(model)
 
 
 def check_no_token(folder: Path) -> None:
@@ -220,7 +247,7 @@ def verify(api: HfApi, folder: Prepared, pushed: Pushed) -> None:
         ValueError: naming the file, or the difference of the outputs.
     """
     repo = pushed.repo
-    with tempfile.TemporaryDirectory(prefix="fastbert-verify-") as cache:
+    with temporary_folder(_temporary_parent(), VERIFY) as cache:
         listing = patiently(lambda: list(api.list_repo_tree(repo, revision=pushed.commit)))
         entries = {entry.path: entry for entry in listing if isinstance(entry, RepoFile)}
         names = [file.name for file in folder.files()]

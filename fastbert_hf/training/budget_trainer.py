@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -15,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from fastbert_hf.data.order import MicrobatchOrder
 from fastbert_hf.training.budget import BudgetClock, ramped_microbatches, triangle
 from fastbert_hf.training.checkpoints import STATE, last_checkpoint, remove_unfinished, staged_checkpoint
+from fastbert_hf.training.provenance import Provenance
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ class BudgetTrainer(Trainer):
 
     One optimiser step takes a whole number of microbatches of `per_device_train_batch_size` sequences, which grows
     with the clock; the library's gradient accumulation stays at 1. Steps whose gradient is not finite are skipped.
-    The clock and the place in the data are part of every checkpoint.
+    The clock and the place in the data are part of every checkpoint; dropout follows from the seed and that place.
 
     Args:
         clock: the budget; its state goes on from a checkpoint's.
@@ -37,6 +39,7 @@ class BudgetTrainer(Trainer):
         save_minutes: also save a checkpoint when this much time has passed since the last one; 0 for never.
         max_bad_steps: steps skipped in a row before weights and optimiser go back to the last good checkpoint.
         max_rollbacks: how often they may go back; one more is a ValueError.
+        provenance: what the run is made with; every checkpoint holds it.
         **kwargs: for `Trainer`; `train_dataset` is map-style, all of its items are of one length.
     """
 
@@ -51,12 +54,14 @@ class BudgetTrainer(Trainer):
         save_minutes: float = 0.0,
         max_bad_steps: int = 10,
         max_rollbacks: int = 3,
+        provenance: Provenance | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.clock, self.batch_size, self.ramp_share = clock, batch_size, ramp_share
         self.follows_clock, self.evaluations, self.save_minutes = follows_clock, evaluations, save_minutes
         self.max_bad_steps, self.max_rollbacks = max_bad_steps, max_rollbacks
+        self.provenance = provenance or Provenance({})
         self.microbatches = 0  # consumed so far, over all processes
         self.skipped_steps = self.bad_in_a_row = self.rollbacks = 0
         self.data_seconds = 0.0  # spent waiting for batches since training began
@@ -92,6 +97,28 @@ class BudgetTrainer(Trainer):
         self.clock.load(stored["clock"])
         for name in COUNTERS:
             setattr(self, name, stored[name])
+
+    def begin_part(self) -> None:
+        """Note what this part of the run is made with; call it after `resume`, if there is one.
+
+        Raises:
+            ValueError: the run has reached its end already, under another budget than this one.
+        """
+        args, budget = self.args, {self.clock.unit: self.clock.amount}
+        last = self.provenance.parts[-1] if self.provenance.parts else None
+        if self.clock.share >= 1:
+            if last is not None and last["budget"] != budget:
+                raise ValueError(
+                    f"the run in {args.output_dir!r} has spent {last['budget']} already; a budget of {budget} leaves "
+                    "nothing to train: choose another output_dir, or a larger budget to go on"
+                )
+            return
+        self.provenance.begin_part(
+            from_step=self.clock.spent.steps,
+            budget=budget,
+            world_size=args.world_size,
+            precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        )
 
     def take_over(self, checkpoint: str) -> None:
         """Load the weights and the log of a run that had reached its end, without training.
@@ -171,12 +198,22 @@ class BudgetTrainer(Trainer):
         count = len(inputs["input_ids"])
         self.current_gradient_accumulation_steps = count  # by which each loss is divided
         total = torch.zeros((), device=self.args.device)
+        first = self.microbatches - count * self.args.world_size + self.args.process_index
         for number in range(count):
+            self._seed_microbatch(first + number * self.args.world_size)
             part = {name: value[number] for name, value in inputs.items()}
             last = number == count - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model=model):
                 total += super().training_step(model, part)
         return total
+
+    def _seed_microbatch(self, number: int) -> None:
+        """Make dropout a function of the seed and of the microbatch's number over all processes.
+
+        A running random state would be moved by whatever else draws from it: loaders, evaluations, a resume.
+        """
+        (seed,) = np.random.SeedSequence([self.args.seed, number]).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed))
 
     # ---- learning rate
 
@@ -257,6 +294,8 @@ class BudgetTrainer(Trainer):
             self._stage = stage
             try:
                 super()._save_checkpoint(model, trial)
+                if args.should_save:
+                    self.provenance.write(stage / name)
             finally:
                 self._stage = None
 

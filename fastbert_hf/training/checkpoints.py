@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from fastbert_hf.data.atomic import check_output_folder
+from fastbert_hf.hub.weights import check_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, TrainingArguments
@@ -54,23 +55,6 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
 def _steps(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
-
-
-def check_weights(folder: str | Path | None) -> None:
-    """Check that the weight files of a folder are whole; only their headers are read.
-
-    Args:
-        folder: a model or a checkpoint; Hub names and None pass.
-
-    Raises:
-        ValueError: naming the folder and the first file that is cut off or damaged.
-    """
-    for file in sorted(Path(folder).glob("*.safetensors")) if folder else ():
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"the weights in {str(folder)!r} cannot be read: {file.name}: {error}") from error
 
 
 def check_checkpoint(checkpoint: str | None, config: "PreTrainedConfig") -> None:

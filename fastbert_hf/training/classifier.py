@@ -66,8 +66,11 @@ class ModelArguments:
             raise ValueError("--model_name_or_path is missing")
         if self.lora_rank < 0:
             raise ValueError(f"--lora_rank must be 0 or above; got {self.lora_rank}")
-        if self.lora_trees and not self.lora_rank:
-            raise ValueError("--lora_trees needs --lora_rank")
+        for name in ("lora_alpha", "lora_trees"):
+            if getattr(self, name) not in (None, False) and not self.lora_rank:
+                raise ValueError(f"--{name} needs --lora_rank")
+        if self.lora_alpha is not None and self.lora_alpha < 1:
+            raise ValueError(f"--lora_alpha must be 1 or above; got {self.lora_alpha}")
         if self.lora_trees and self.freeze_trees:
             raise ValueError("--lora_trees trains what --freeze_trees keeps; choose one")
         if self.lora_rank:

@@ -1,15 +1,18 @@
 """Fine-tuning a sequence classifier on one GLUE-format task with one seed."""
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorWithPadding,
     EarlyStoppingCallback,
@@ -20,13 +23,28 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from fastbert_hf.data.glue import Split, Task, TaskData, load_glue, load_task_files
+from fastbert_hf.data.atomic import write_text
+from fastbert_hf.data.glue import Split, Task, TaskData
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.training.checkpoints import check_checkpoint, find_checkpoint, remove_checkpoints
 from fastbert_hf.training.classifier import Head, ModelArguments, fit_head, load_classifier, restrict_training
 from fastbert_hf.training.figures import plot_confusion, plot_learning_curve
+from fastbert_hf.training.glue_options import DataTrainingArguments, check_options_together, load_task
+from fastbert_hf.training.glue_settings import (
+    PREDICTIONS,
+    PUSHED,
+    SUMMARY,
+    Work,
+    checkpoint_content,
+    find_work,
+    record_start,
+    repository,
+    run_settings,
+)
 from fastbert_hf.training.glue_submission import write_predictions
+from fastbert_hf.training.leaf_balance import add_balance, check_balance
 from fastbert_hf.training.metrics import compute, decode_predictions, majority_baseline
 from fastbert_hf.training.publishing import check_push, prepare_folder, publish, write_card, write_recipe
 from fastbert_hf.training.runs import (
@@ -38,100 +56,6 @@ from fastbert_hf.training.runs import (
     train,
     write_summary,
 )
-
-
-@dataclass
-class DataTrainingArguments:
-    """What models are fine-tuned and evaluated on; the names are those of the official run_glue example."""
-
-    task_name: list[str] = field(
-        default_factory=list,
-        metadata={"help": "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, several of them, or all"},
-    )
-    glue_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "folder <task>/{train,validation,test}.jsonl (or .json, .parquet, .csv, .tsv with a "
-            "header); without it the Hub's nyu-mll/glue"
-        },
-    )
-    train_file: str | None = field(
-        default=None, metadata={"help": "own training data: .jsonl, .json, .parquet, .csv or .tsv"}
-    )
-    validation_file: str | None = field(default=None, metadata={"help": "own validation data of the same columns"})
-    test_file: str | None = field(default=None, metadata={"help": "own data to predict, without labels"})
-    seeds: list[int] = field(default_factory=list, metadata={"help": "a run for each; default: the one of --seed"})
-    max_seq_length: int = field(default=128, metadata={"help": "longer inputs are cut to this many tokens"})
-    pad_to_max_length: bool = field(
-        default=False, metadata={"help": "pad to max_seq_length instead of the longest input of each batch"}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "use only the first so many rows"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate only the first so many rows"})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "predict only the first so many rows"})
-    class_weights: str = field(
-        default="none",
-        metadata={
-            "help": "balanced: the rarer a class, the more its examples weigh",
-            "choices": ["none", "balanced"],
-        },
-    )
-    early_stopping_patience: int = field(
-        default=0,
-        metadata={"help": "stop after so many evaluations without a better main metric and keep the best; 0: never"},
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "remove what output_dir holds of these runs instead of resuming from it"}
-    )
-
-    def __post_init__(self):
-        names = [self.task_name] if isinstance(self.task_name, str) else self.task_name or []
-        self.task_name = [part for name in names for part in name.split(",") if part]
-
-    def check(self, args: TrainingArguments) -> None:
-        """Check what can be checked without reading anything.
-
-        Raises:
-            ValueError: naming the option.
-        """
-        if not (args.do_train or args.do_eval or args.do_predict):
-            raise ValueError("nothing to do: give --do_train, --do_eval or --do_predict")
-        own = [name for name in ("train_file", "validation_file", "test_file") if getattr(self, name)]
-        if own and (self.task_name or self.glue_dir):
-            raise ValueError(f"--task_name with --glue_dir, or --{own[0]}; got both")
-        if not (own or self.task_name):
-            raise ValueError("no data: give --task_name, or --train_file and --validation_file")
-        wanted = {"train_file": args.do_train, "validation_file": args.do_eval, "test_file": args.do_predict}
-        if own and (missing := [name for name, needed in wanted.items() if needed and name not in own]):
-            raise ValueError(f"--{missing[0]} is missing; --{' and --'.join(own)} alone do not do what was asked")
-        if self.early_stopping_patience < 0:
-            raise ValueError(f"early_stopping_patience must be 0 or above; got {self.early_stopping_patience}")
-        if self.early_stopping_patience and not args.do_train:
-            raise ValueError("early_stopping_patience needs --do_train")
-
-
-def load_task(options: DataTrainingArguments, name: str | None, args: TrainingArguments) -> TaskData:
-    """Load the data of one task.
-
-    Args:
-        options: where it is.
-        name: GLUE task, or None for files of one's own.
-        args: `do_train` and `do_predict` say which splits must be there.
-
-    Returns:
-        The task and its splits, cut to the options' limits.
-
-    Raises:
-        ValueError: if the data is missing or bad.
-    """
-    if name is None:
-        files = [options.validation_file] if options.validation_file else []
-        tests = [options.test_file] if options.test_file else []
-        data = load_task_files(None, options.train_file, files, tests)
-    else:
-        data = load_glue(name, options.glue_dir, need_train=args.do_train, need_test=args.do_predict)
-    if options.class_weights != "none" and data.task.is_regression:
-        raise ValueError(f"class_weights: {data.task.name} has no classes")
-    return data.limited(options.max_train_samples, options.max_eval_samples, options.max_predict_samples)
 
 
 def tokenize(split: Split, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, pad: bool):
@@ -164,7 +88,9 @@ def finetune(
     """Fine-tune and evaluate a classifier on one task, with the seed of `args`.
 
     Metrics are those of the last epoch, unless `args` asks for the best checkpoint. The output folder receives model,
-    tokenizer, card, pictures of learning curve and confused classes, predictions if wanted, and `summary.json`.
+    tokenizer, card, pictures of learning curve and confused classes, predictions if wanted, `summary.json`, and
+    `settings.json`. If it holds this run already, only the steps that are missing are done, with the model that was
+    trained; an interrupted training goes on from its last checkpoint.
 
     Args:
         model_options: one model, and which of its weights are trained.
@@ -177,59 +103,85 @@ def finetune(
         The fine-tuned model, and the summary: metrics and majority baseline per validation split, counts, times.
 
     Raises:
-        ValueError: for anything wrong in the options or the data, before training starts.
+        ValueError: for anything wrong in the options or the data, or an output folder of another run, before
+            training starts.
     """
     _check_one(model_options, data, args)
+    args = copy.copy(args)
     check_push(args)
-    args = _with_early_stopping(args, data.early_stopping_patience)
     checkpoint = find_checkpoint(args, data.overwrite_output_dir)
     task_data = task_data or load_task(data, next(iter(data.task_name), None), args)
-    source, task = model_options.model_name_or_path[0], task_data.task
+    source = model_options.model_name_or_path[0]
     tokenizer = load_tokenizer(model_options.tokenizer_name or source, **model_options.hub)
-    quiet_host(args)
-    set_seed(args.seed)
-    head = fit_head(model_options, source, task)
+    head = fit_head(model_options, source, task_data.task)
     check_fit(head.config, tokenizer, data.max_seq_length)
     check_checkpoint(checkpoint, head.config)
-    model = restrict_training(load_classifier(model_options, source, head), model_options)
-    prepared = _Preparation(tokenizer, task, head, data)
-    trainer = _trainer(model, args, data, task_data, prepared)
-    summary = {
-        "model": name or source,
-        "task": task.name,
-        "seed": args.seed,
-        "train_examples": len(task_data.train or ()),
-    }
-    if args.do_train:
-        summary |= _train(trainer, tokenizer, checkpoint, data)
-    if args.do_eval:
+    content = checkpoint_content(model_options, source, tokenizer)
+    settings = run_settings(model_options, data, args, content, task_data)
+    work = find_work(args, settings, task_data, data.overwrite_output_dir)
+    if work.summary is not None and args.do_train:  # what is left is done with the model that was trained
+        model_options = ModelArguments([args.output_dir], trust_remote_code=model_options.trust_remote_code)
+        tokenizer, head = load_tokenizer(args.output_dir), fit_head(model_options, args.output_dir, task_data.task)
+    args = _with_early_stopping(args, data.early_stopping_patience)
+    quiet_host(args)
+    set_seed(args.seed)
+    model = load_classifier(model_options, model_options.model_name_or_path[0], head)
+    check_balance(data.balance_leaves, model)
+    prepared = _Preparation(tokenizer, task_data.task, head, data)
+    trainer = _trainer(restrict_training(model, model_options), args, task_data, prepared, work.train)
+    if is_main_process(args) and not work.is_done:
+        record_start(args, work)
+    about = {"model": name or source, "task": task_data.task.name, "seed": args.seed}
+    summary = work.summary or {**about, "train_examples": len(task_data.train or ())}
+    return _run(trainer, prepared, task_data, work, summary, checkpoint)
+
+
+def _run(
+    trainer: Trainer,
+    prepared: "_Preparation",
+    task_data: TaskData,
+    work: Work,
+    summary: dict[str, Any],
+    checkpoint: str | None,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Do the work; the model, and the summary with what has been added."""
+    args = trainer.args
+    prepare_folder(trainer)
+    if work.train:
+        summary |= _train(trainer, prepared.tokenizer, checkpoint, prepared.data)
+    if work.evaluate:
         for split in task_data.validations:
             summary |= _evaluate(trainer, prepared, task_data, split)
-    if args.do_predict:
+    if work.predict:
         _predict(trainer, prepared, task_data.tests)
     if is_main_process(args):
         write_summary(args.output_dir, summary)
-    if args.do_train:
+    if args.do_train and not work.is_done:
         write_card(trainer)
+    if work.push:
         publish(trainer)
+        summary[PUSHED] = repository(args)
+        if is_main_process(args):
+            write_text(Path(args.output_dir) / SUMMARY, json.dumps(summary, indent=2) + "\n")
     return trainer.accelerator.unwrap_model(trainer.model), summary
 
 
 def _check_one(model_options: ModelArguments, data: DataTrainingArguments, args: TrainingArguments) -> None:
     check_options(args, data.max_seq_length)
-    model_options.check()
-    data.check(args)
+    check_options_together(model_options, data, args)
     if len(model_options.model_name_or_path) > 1 or len(data.task_name) > 1:
         raise ValueError("one model and one task are wanted here; several are run by finetune_all")
 
 
 def _with_early_stopping(args: TrainingArguments, patience: int) -> TrainingArguments:
-    """Arguments that evaluate and save after every epoch, unless they say how often, and end with the best."""
+    """Arguments that evaluate after every epoch, unless they say how often, save as often, and end with the best."""
     if not patience:
         return args
     args = copy.copy(args)
-    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no":
-        args.eval_strategy = args.save_strategy = "epoch"
+    if args.eval_strategy == "no":
+        args.eval_strategy = IntervalStrategy.EPOCH
+    # What is not saved when it is evaluated cannot be kept as the best.
+    args.save_strategy, args.save_steps = SaveStrategy(args.eval_strategy.value), args.eval_steps or args.save_steps
     args.load_best_model_at_end = True
     args.save_total_limit = args.save_total_limit or 2
     return args
@@ -267,26 +219,55 @@ class _Preparation:
         return compute(self.task.metrics, self.answers(prediction.predictions), references)
 
 
-def _trainer(model, args, data: DataTrainingArguments, task_data: TaskData, prepared: _Preparation) -> Trainer:
+class ClassifierTrainer(Trainer):
+    """A Trainer whose `dataloader_drop_last` drops training rows only: every example is measured and answered."""
+
+    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
+        """The Trainer's, of all rows."""
+        with self._all_rows():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args, **kwargs) -> DataLoader:
+        """The Trainer's, of all rows."""
+        with self._all_rows():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _all_rows(self) -> Iterator[None]:
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+
+def _trainer(model, args, task_data: TaskData, prepared: _Preparation, trains: bool) -> Trainer:
     if args.load_best_model_at_end and args.metric_for_best_model in (None, "loss"):
         args.metric_for_best_model, args.greater_is_better = task_data.task.metrics[0], True
     validation = next(iter(task_data.validations.values()), None)
-    patience = data.early_stopping_patience
-    return Trainer(
+    patience = prepared.data.early_stopping_patience
+    trainer = ClassifierTrainer(
         model=model,
         args=args,
-        train_dataset=prepared.rows(task_data.train) if args.do_train else None,
+        train_dataset=prepared.rows(task_data.train) if trains else None,
         eval_dataset=prepared.rows(validation) if validation else None,
         data_collator=DataCollatorWithPadding(prepared.tokenizer),
         processing_class=prepared.tokenizer,
         compute_metrics=prepared.metrics,
-        compute_loss_func=_balanced_loss(task_data, prepared.head) if data.class_weights == "balanced" else None,
+        compute_loss_func=_balanced_loss(task_data, prepared.head, args.label_smoothing_factor)
+        if prepared.data.class_weights == "balanced" and trains
+        else None,
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
     )
+    add_balance(trainer, prepared.data.balance_leaves)
+    return trainer
 
 
-def _balanced_loss(task_data: TaskData, head: Head) -> Callable[..., Tensor]:
-    """Cross-entropy in which all classes have the same total weight."""
+def _balanced_loss(task_data: TaskData, head: Head, label_smoothing: float) -> Callable[..., Tensor]:
+    """Cross-entropy in which all classes have the same total weight.
+
+    The Trainer leaves label smoothing to a loss that it is given, so this one does it.
+    """
     counts = np.bincount(task_data.train.labels, minlength=task_data.task.num_labels)  # (classes,)
     weights = torch.zeros(len(counts))
     for label, count in enumerate(counts):
@@ -294,7 +275,9 @@ def _balanced_loss(task_data: TaskData, head: Head) -> Callable[..., Tensor]:
 
     def loss(outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
         logits = outputs["logits"].float()  # (B, classes)
-        total = torch.nn.functional.cross_entropy(logits, labels, weights.to(logits.device), reduction="sum")
+        total = torch.nn.functional.cross_entropy(
+            logits, labels, weights.to(logits.device), reduction="sum", label_smoothing=label_smoothing
+        )
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
     return loss
@@ -303,7 +286,6 @@ def _balanced_loss(task_data: TaskData, head: Head) -> Callable[..., Tensor]:
 def _train(trainer: Trainer, tokenizer, checkpoint: str | None, data: DataTrainingArguments) -> dict[str, Any]:
     if data.overwrite_output_dir and is_main_process(trainer.args):
         remove_checkpoints(trainer.args.output_dir)
-    prepare_folder(trainer)
     result = train(trainer, checkpoint)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "merge_and_unload"):  # adapters: what is measured and saved is the model that contains them
@@ -321,7 +303,7 @@ def _evaluate(trainer: Trainer, prepared: _Preparation, task_data: TaskData, nam
     training = (task_data.train or split).labels
     output = trainer.predict(prepared.rows(split), metric_key_prefix="eval")
     baseline = majority_baseline(task.metrics, training, split.labels, task.is_regression)
-    ending = f"_{name}" if len(task_data.validations) > 1 else ""
+    ending = task_data.suffix(name)
     summary: dict[str, Any] = {f"examples{ending}": len(split)}
     for name in task.metrics:
         summary[f"{name}{ending}"] = output.metrics[f"eval_{name}"]
@@ -339,4 +321,4 @@ def _predict(trainer: Trainer, prepared: _Preparation, tests: dict[str, Split]) 
     for name, split in tests.items():
         answers = prepared.answers(trainer.predict(prepared.rows(split)).predictions)
         if is_main_process(trainer.args):
-            write_predictions(Path(trainer.args.output_dir) / "predictions", prepared.task, name, split, answers)
+            write_predictions(Path(trainer.args.output_dir) / PREDICTIONS, prepared.task, name, split, answers)

@@ -26,6 +26,11 @@ NAMED = ("mnli", "qnli", "rte")  # answered with the label's name, the others wi
 SCALE = (0.0, 5.0)  # of STS-B
 
 
+def prediction_file(folder: Path, task: Task, name: str) -> Path:
+    """Where the answers to one test split stand: under GLUE's name for a GLUE task, else <split>.tsv."""
+    return folder / FILES.get((task.name, name), f"{name}.tsv")
+
+
 def write_predictions(folder: Path, task: Task, name: str, split: Split, answers: Sequence) -> Path:
     """Write the answers to one test split.
 
@@ -39,20 +44,20 @@ def write_predictions(folder: Path, task: Task, name: str, split: Split, answers
     Returns:
         The file: GLUE's name for a GLUE task, else <split>.tsv with label names. Columns: index, prediction.
     """
-    glue_name = FILES.get((task.name, name))
+    is_glue = (task.name, name) in FILES
     text = io.StringIO()
     table = csv.writer(text, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, escapechar="\\")
     table.writerow(("index", "prediction"))
     for number, answer in zip(split.ids, answers, strict=True):
         if task.is_regression:
-            low, high = SCALE if glue_name else (float("-inf"), float("inf"))
+            low, high = SCALE if is_glue else (float("-inf"), float("inf"))
             shown = f"{min(max(float(answer), low), high):.3f}"
-        elif glue_name and task.name not in NAMED:
+        elif is_glue and task.name not in NAMED:
             shown = int(answer)
         else:
             shown = task.labels[int(answer)]
         table.writerow((number, shown))
-    file = folder / (glue_name or f"{name}.tsv")
+    file = prediction_file(folder, task, name)
     write_text(file, text.getvalue())
     return file
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from fastbert_hf.data.masking import IGNORED, check_probability
 from fastbert_hf.data.prepared import PreparedCorpus
-from fastbert_hf.data.tokenizer import load_tokenizer
+from fastbert_hf.data.tokenizer import load_tokenizer, tokenizer_digest
 from fastbert_hf.training.budget import UNITS, BudgetClock
 from fastbert_hf.training.budget_trainer import BudgetTrainer
 from fastbert_hf.training.checkpoints import check_checkpoint, find_checkpoint, remove_checkpoints
@@ -21,14 +21,35 @@ from fastbert_hf.training.pretraining_data import (
     check_corpus,
     prepare_beside,
     prepare_data,
+    text_identity,
 )
 from fastbert_hf.training.pretraining_model import build_model
 from fastbert_hf.training.pretraining_report import write_pretraining_report
 from fastbert_hf.training.progress import show_budget
+from fastbert_hf.training.provenance import (
+    Provenance,
+    as_json,
+    check_same_settings,
+    training_settings,
+    weights_identity,
+)
 from fastbert_hf.training.publishing import check_push, prepare_folder, publish
 from fastbert_hf.training.runs import check_options, is_main_process, quiet_host, save_model
 
 SCHEDULES = ("triangle", "trainer")
+# Training arguments that the options of this file replace, or that only say how many steps there are.
+REPLACED = ("gradient_accumulation_steps", "max_steps", "num_train_epochs", "ignore_data_skip", "do_train")
+# What decides which checkpoint is the best, and nothing else.
+BEST = (
+    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "metric_for_best_model", "greater_is_better",
+    "save_strategy", "save_steps", "prediction_loss_only",
+)  # fmt: skip
+# Options that change no weight, that a run may go on with, or that digests stand for.
+NOT_COMPARED = (
+    "overwrite_output_dir", "save_minutes", "evaluations", "verify_corpus", "mixed_precision", *UNITS,
+    "corpus", "train_file", "validation_file", "validation_share", "text_column", "vocab_size",
+    "model_config", "model_name_or_path", "tokenizer_name",
+)  # fmt: skip
 
 
 @dataclass
@@ -203,8 +224,6 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
         options = dataclasses.replace(options, corpus=folder, train_file=[], validation_file=[])
     tokenizer = _tokenizer(options)
     quiet_host(args)
-    if options.mixed_precision:
-        choose_precision(args)
     set_seed(args.seed)
     sparse = options.mlm_probability if options.sparse_prediction else 0.0
     model = build_model(
@@ -213,15 +232,19 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     )  # fmt: skip
     check_checkpoint(checkpoint, model.config)
     check_balance(options.balance_leaves, model)
+    provenance = _provenance(options, args, model, tokenizer, checkpoint)
+    if options.mixed_precision:
+        choose_precision(args)
     size = step_size(options, args)
     data = prepare_data(options, tokenizer, size, model.config.vocab_size, args.seed, not args.disable_tqdm)
     clock = budget_clock(options, args, len(data.train) // size)
-    trainer = _trainer(options, args, model, tokenizer, data, clock, size)
+    trainer = _trainer(options, args, model, tokenizer, data, clock, size, provenance)
     if options.overwrite_output_dir and is_main_process(args):
         remove_checkpoints(args.output_dir)
     prepare_folder(trainer)
     if checkpoint is not None:
         trainer.resume(checkpoint)
+    trainer.begin_part()
     train_loss = None
     if clock.share < 1:
         train_loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
@@ -245,6 +268,34 @@ def _tokenizer(options: PretrainingArguments) -> PreTrainedTokenizerBase:
     return load_tokenizer(name, needs_mask=True)
 
 
+def _provenance(
+    options: PretrainingArguments,
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: str | None,
+) -> Provenance:
+    """What the run is made with; one that goes on keeps the parts of before.
+
+    Raises:
+        ValueError: the checkpoint was made with other settings.
+    """
+    best = () if args.load_best_model_at_end else BEST
+    settings = training_settings(args, (*REPLACED, *best))
+    settings |= {name: value for name, value in vars(options).items() if name not in NOT_COMPARED}
+    settings["batch_size"] = options.batch_size or (
+        args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    )
+    settings |= text_identity(options) | {"tokenizer": tokenizer_digest(tokenizer)}
+    if options.model_name_or_path is not None:
+        settings["model"] = weights_identity(options.model_name_or_path, model.config)
+    settings = as_json(settings)
+    earlier = Provenance.read(checkpoint) if checkpoint is not None else None
+    if earlier is not None:
+        check_same_settings(earlier.settings, settings, checkpoint)
+    return Provenance(settings, earlier.parts if earlier is not None else [])
+
+
 def _trainer(
     options: PretrainingArguments,
     args: TrainingArguments,
@@ -253,6 +304,7 @@ def _trainer(
     data: PretrainingData,
     clock: BudgetClock,
     size: int,
+    provenance: Provenance,
 ) -> BudgetTrainer:
     trainer = BudgetTrainer(
         clock=clock,
@@ -262,6 +314,7 @@ def _trainer(
         evaluations=options.evaluations,
         save_minutes=options.save_minutes,
         max_bad_steps=options.max_bad_steps,
+        provenance=provenance,
         model=model,
         args=args,
         train_dataset=data.train,

@@ -1,5 +1,6 @@
 """What pretraining feeds to the model: a prepared corpus, or text files that are packed in memory."""
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,14 @@ from fastbert_hf.data.corpus import check_corpus_files, read_documents, split_do
 from fastbert_hf.data.masking import MaskedLanguageModelCollator, MaskedSequences
 from fastbert_hf.data.packing import PackedSequences, pack_documents
 from fastbert_hf.data.preparation import PreparationSettings, prepare
-from fastbert_hf.data.prepared import PreparedCorpus
+from fastbert_hf.data.prepared import PreparedCorpus, file_digest
 from fastbert_hf.data.sources import LocalFile
 from fastbert_hf.training.metrics import unigram_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+FILES = ("train_file", "validation_file")
 
 
 @dataclass
@@ -87,6 +90,23 @@ def check_corpus(options: CorpusArguments) -> None:
     check_corpus_files(options.train_file)
     if options.validation_file:
         check_corpus_files(options.validation_file)
+
+
+def text_identity(options: CorpusArguments) -> dict[str, Any]:
+    """What identifies the text of a run, wherever it lies.
+
+    Args:
+        options: a prepared corpus, or files.
+
+    Returns:
+        Digests, and how files are split and read.
+    """
+    if options.corpus is not None:
+        manifest = PreparedCorpus(options.corpus, verify=False).manifest
+        shards = [entry["sha256"] for split in ("train", "validation") for entry in manifest["shards"][split]]
+        return {"corpus": hashlib.sha256(" ".join(shards).encode()).hexdigest()}
+    digests = {name: [file_digest(Path(file)) for file in getattr(options, name)] for name in FILES}
+    return {**digests, "validation_share": options.validation_share, "text_column": options.text_column}
 
 
 def prepare_beside(options: CorpusArguments, output_dir: str, progress: bool) -> str:
@@ -184,5 +204,5 @@ def _pack_files(options: CorpusArguments, tokenizer: "PreTrainedTokenizerBase", 
         )
     train = pack_documents(train_documents, tokenizer, options.max_seq_length, progress)
     counts = np.bincount(train.input_ids[:, 1:].reshape(-1), minlength=vocab_size)  # without [CLS], never predicted
-    sources = [{"name": file.name} for file in check_corpus_files(options.train_file)]
+    sources = [LocalFile(Path(file), options.text_column).describe() for file in options.train_file]
     return train, PackedSequences(validation.input_ids[: options.max_eval_samples]), counts, sources

@@ -63,7 +63,7 @@ def write_pretraining_report(
         return summary
     folder = Path(args.output_dir)
     recorded = {name: getattr(options, name) for name in RECORDED}
-    write_recipe(args, **recorded, batch_size=trainer.batch_size, **{clock.unit: clock.amount})
+    write_recipe(args, **recorded, batch_size=trainer.batch_size, **_trained_with(trainer))
     write_text(folder / HISTORY, json.dumps(trainer.state.log_history) + "\n")
     plot_learning_curve(folder / CURVE_PICTURE, trainer.state.log_history)
     if usage:
@@ -72,6 +72,23 @@ def write_pretraining_report(
     write_summary(folder, summary)
     write_card(trainer)
     return summary
+
+
+def _trained_with(trainer: BudgetTrainer) -> dict[str, Any]:
+    """Budget, processes and precision of the parts of a run, which may differ from those of this command."""
+    recipe: dict[str, Any] = {"max_steps": None}  # of the command line, where the budget is another one
+    if not trainer.provenance.parts:  # a finished run of a version that did not note them
+        return {**recipe, trainer.clock.unit: trainer.clock.amount}
+    *earlier, last = trainer.provenance.parts
+    recipe |= {**last["budget"], "world_size": last["world_size"] if last["world_size"] > 1 else None}
+    recipe |= {name: last["precision"] == name or None for name in ("bf16", "fp16")}
+    following = [part["from_step"] for part in (*earlier[1:], last)]
+    for number, (part, end) in enumerate(zip(earlier, following), start=1):
+        budget = ", ".join(f"{unit} {amount:g}" for unit, amount in part["budget"].items())
+        recipe[f"earlier_part_{number}"] = (
+            f"{budget}, world_size {part['world_size']}, {part['precision']}, until step {end}"
+        )
+    return recipe
 
 
 def _usage(trainer: BudgetTrainer) -> list[dict[str, Any]]:

@@ -1,8 +1,11 @@
 """Corpus files in, documents out."""
 
+import json
 import lzma
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from fastbert_hf.data.atomic import check_output_folder, staged_folder, write_text
@@ -99,3 +102,13 @@ def test_write_text_leaves_no_temporary_file(tmp_path):
     write_text(tmp_path / "deep" / "a.txt", "ü\n")
     assert (tmp_path / "deep" / "a.txt").read_text(encoding="utf-8") == "ü\n"
     assert len(list((tmp_path / "deep").iterdir())) == 1
+
+
+def test_text_that_a_tokenizer_refuses_is_mended_or_named(tmp_path):
+    """JSON holds half of an emoji; Parquet holds bytes that are not UTF-8."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "cut \ud83d here"}) + "\n", encoding="utf-8")
+    assert list(read_documents([tmp_path / "a.jsonl"])) == ["cut \ufffd here"]
+    bad = pyarrow.array([b"whole", b"caf\xe9"]).cast(pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": bad}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"b\.parquet', row 2: not UTF-8"):
+        list(read_documents([tmp_path / "b.parquet"]))

@@ -40,7 +40,7 @@ def test_docstrings_of_module_classes_and_functions_are_found(tmp_path, roots):
     assert list(docstrings(tmp_path / "beta" / "broken.py")) == []
 
 
-def test_what_cannot_be_read_is_skipped_and_surrogates_are_dropped(tmp_path, roots, monkeypatch):
+def test_what_cannot_be_read_is_skipped_and_surrogates_are_replaced(tmp_path, roots, monkeypatch):
     expected = documentation_corpus(roots=roots)
     (tmp_path / "alpha" / "link.py").symlink_to(tmp_path / "absent.py")
     (tmp_path / "alpha" / "folder.py").mkdir()
@@ -55,7 +55,7 @@ def test_what_cannot_be_read_is_skipped_and_surrogates_are_dropped(tmp_path, roo
     monkeypatch.setattr(Path, "read_bytes", refuse)
     assert documentation_corpus(roots=roots) == expected
     (tmp_path / "surrogate.py").write_text('"""A lone \\ud800 surrogate."""\n', encoding="utf-8")
-    assert list(docstrings(tmp_path / "surrogate.py")) == ["A lone  surrogate."]
+    assert list(docstrings(tmp_path / "surrogate.py")) == ["A lone \ufffd surrogate."]
 
 
 def test_corpus_is_deterministic_deduplicated_and_one_line_each(roots):

@@ -91,11 +91,23 @@ def test_missing_things_are_named(tmp_path):
         ("a.jsonl", '{"a": 1}\n{', "line 2: not a JSON object"),
         ("a.jsonl", "[1]\n", "wanted a JSON object"),
         ("a.xml", "<a/>", "unknown type"),
-        ("a.tsv", "sentence\tlabel\n" + "x" * 140_000 + "\t1\n", "field larger than field limit"),
+        ("a.csv", "", "is empty"),
+        ("a.csv", "\n\n", "is empty"),
+        ("a.csv", "text,label\na,1\nwell, really,1\n", "row 2: 3 fields where the header has 2: 'well, really,1'"),
+        ("a.csv", 'text,label\n"a\n\nb",1\nshort\n', "row 2: 1 fields where the header has 2: 'short'"),
+        ("a.csv", "text,label\na,1,\n", "row 1: 3 fields where the header has 2"),
+        ("a.csv", 'text,label\n"never closed,1\nb,0\n', "row 1: 1 fields where the header has 2"),
+        ("a.tsv", "text\tlabel\na\t1\tb\n", "row 1: 3 fields where the header has 2.*not be in a .tsv"),
+        ("a.csv", "text, text,label\na,b,1\n", "two columns 'text'"),
+        ("a.csv", "text,text\na,b\n", "two columns 'text'"),
+        ("a.jsonl", '{"text": "a", "text ": "b"}', "two columns 'text'"),
+        ("a.csv", b"text,label\n\xff,1\n", "not UTF-8"),
+        ("a.csv", b"t\xff,label\na,1\n", "not UTF-8"),
+        ("a.jsonl", b'{"a": "\xff"}', "not UTF-8"),
     ],
 )
 def test_unreadable_files_are_named(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message) as caught:
         read_rows(tmp_path / name)
     assert name in str(caught.value)

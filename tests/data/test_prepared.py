@@ -227,6 +227,30 @@ def test_cleaning_is_counted(tokenizer, tmp_path):
     assert manifest["counts"]["documents"] == {"train": 2, "validation": 2}
 
 
+def surrogates(folder):
+    """A file of JSON lines that each hold half of an emoji."""
+    folder.mkdir()
+    rows = [{"text": f"{line} \ud83d {number}"} for number, line in enumerate(LINES)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder / "train.jsonl"
+
+
+def test_lone_surrogates_do_not_end_a_preparation(tmp_path):
+    """With a new tokenizer, duplicates dropped and text held out: every step sees them."""
+    source = LocalFile(surrogates(tmp_path / "set"))
+    manifest, _ = prepare([source], [], settings(deduplicate=True), tmp_path / "out")
+    assert sum(manifest["counts"]["documents"].values()) == len(LINES)
+    assert ids(tmp_path / "out").size and ids(tmp_path / "out", "validation").size
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_whose_rows_its_library_refuses_is_named(tmp_path, streaming):
+    surrogates(tmp_path / "set")
+    source = HubDataset(str(tmp_path / "set"), streaming=streaming)
+    with pytest.raises(ValueError, match=r"dataset .*set' cannot be .*surrogate pair"):
+        prepare([source], [], settings(), tmp_path / "out")
+
+
 def test_text_too_short_for_one_sequence_is_refused(tokenizer, tmp_path):
     (tmp_path / "text.txt").write_text("river\n")
     held = LocalFile(tmp_path / "text.txt")

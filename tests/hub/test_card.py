@@ -1,6 +1,7 @@
 """The model card: what the folder knows stands in it, what it does not know is left out, its header is valid."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from fastbert_hf import FastBertConfig
+from fastbert_hf.hub import origin
 from fastbert_hf.hub.card import PIPELINES, TEMPLATE, render_card
 from tests.clients.helpers import tiny_config
 from tests.hub.conftest import ROOT
@@ -117,6 +119,75 @@ def test_the_template_is_the_one_at_the_top_and_travels_with_the_package(tmp_pat
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
     built = tmp_path / "fastbert_hf" / "hub" / "model_card.md"
     assert not built.is_symlink() and built.read_text() == TEMPLATE.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("summary.json", b'{"task": "mrpc", "f1": "high"}'),
+        ("summary.json", b'{"sources": [1]}'),
+        ("summary.json", b'{"validation_loss": null}'),
+        ("README.md", b"\xff\xfe"),
+        ("README.md", b"---\nlicense: " + b"[" * 10_000),
+        ("speed.json", b'{"rows": [{}]}'),
+        ("speed.json", b'{"rows": 5}'),
+    ],
+)
+def test_a_file_that_holds_something_else_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}' holds something else than expected"):
+        card(tmp_path, FastBertConfig(), speed=tmp_path / name if name == "speed.json" else None)
+
+
+def install_metadata(folder, monkeypatch, *lines):
+    """Have an installed package of this name whose metadata holds these lines."""
+    information = folder / "packages" / "fastbert_hf-9.9.dist-info"
+    information.mkdir(parents=True, exist_ok=True)
+    head = ["Metadata-Version: 2.4", "Name: fastbert-hf", "Version: 9.9"]
+    (information / "METADATA").write_text("\n".join([*head, *lines]) + "\n")
+    monkeypatch.syspath_prepend(str(information.parent))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["Project-URL: Repository, https://example.org/trees/fastbert"],
+        ["Project-URL: Source Code, https://example.org/trees/fastbert/"],
+        ["Home-page: https://example.org/trees/fastbert"],
+        [
+            "Project-URL: Homepage, https://example.org/docs",
+            "Project-URL: Source, https://example.org/trees/fastbert",
+        ],
+    ],
+)
+def test_the_card_names_the_repository_to_install_from(tmp_path, monkeypatch, lines):
+    install_metadata(tmp_path, monkeypatch, *lines)
+    text = card(tmp_path)
+    assert "```bash\npip install git+https://example.org/trees/fastbert\n```\n\n```python\nimport fastbert_hf" in text
+    assert text.count("pip install") == 1 and "PATH/TO/FOLDER" not in text
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        ["Project-URL: Documentation, https://example.org/docs"],
+        ["Home-page: UNKNOWN"],
+        ["Project-URL: Repository, http://example.org/trees/fastbert"],
+        ["Project-URL: Repository, https://user:secret@example.org/trees/fastbert"],
+        ["Project-URL: Repository, https://example.org/fastbert; rm -rf ~"],
+    ],
+)
+def test_a_card_without_a_repository_suggests_no_package_of_that_name(tmp_path, monkeypatch, lines):
+    install_metadata(tmp_path, monkeypatch, *lines)
+    text = card(tmp_path)
+    assert re.findall("pip install [^`\\n]*", text) == ["pip install PATH/TO/FOLDER"] and "`setup.cfg`" in text
+    assert "secret" not in text and "rm -rf" not in text and "None" not in text
+
+
+def test_a_package_that_is_not_installed_has_no_repository(monkeypatch):
+    monkeypatch.setattr(origin, "DISTRIBUTION", "fastbert-hf-that-nobody-installed")
+    assert origin.repository_address() is None
 
 
 def test_text_and_limits_of_a_pretraining_run_are_stated(tmp_path):

@@ -1,6 +1,7 @@
 """Pushing through the unmodified client to a Hub over HTTP: what arrives, and what happens when things go wrong."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -222,6 +223,26 @@ def test_a_token_in_a_file_that_would_be_sent_is_found(client, hub, repo, folder
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "auth": OWNER}))
     assert "tokenizer_config.json holds your Hub token" in refused(client, folder, repo)
     assert repo not in hub.repositories
+
+
+def test_temporary_files_that_a_killed_push_left_are_removed(client, folder, repo):
+    """A push keeps a copy of the model in the folder for temporary files until it is verified."""
+    places = "import tempfile; from pathlib import Path; print(tempfile.gettempdir())"
+    parent = Path(client.python(places).strip())
+    left = [parent / f".fastbert-{what}.being-written-{repo[-1]}abcdefg" for what in ("push", "verify")]
+    for leftover in left:
+        leftover.mkdir()
+        (leftover / "model.safetensors").touch()
+    answer = client.script("push_to_hub", folder, repo, "--dry_run")
+    assert answer.code == 0, answer.err
+    assert not any(leftover.exists() for leftover in left)
+    assert not list(parent.glob(".fastbert-push*"))  # nor its own
+
+
+def test_a_file_that_cannot_be_read_is_one_line(client, folder, repo):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to("/proc/self/mem")  # a file that nobody may read, root neither
+    assert "error: " in refused(client, folder, repo, "--dry_run")
 
 
 def test_a_folder_without_a_whole_model_is_refused(client, hub, repo, folder):

@@ -99,6 +99,15 @@ def native_gradients(model, recorded):
     return gradients
 
 
+def test_sparse_prediction_of_a_published_checkpoint_is_kept_when_it_is_saved_again(tmp_path):
+    model, recorded = load("mlm-1x3")
+    model.save_pretrained(tmp_path)
+    again = FastBertForMaskedLM.from_pretrained(tmp_path).train()
+    assert model.config.sparse_prediction == again.config.sparse_prediction == 0.25
+    labelled = int((recorded["labels"] != -100).sum())
+    assert again(recorded["input_ids"], labels=recorded["labels"]).logits.shape[:-1] == (labelled,)
+
+
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("name", MLM + CLASSIFICATION)
 def test_every_gradient_reproduces(name, sparse):

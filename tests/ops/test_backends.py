@@ -228,7 +228,7 @@ def test_code_saved_with_older_models_finds_the_kernels():
 
 
 def test_without_the_package_only_the_ops_own_backends_are_registered(tmp_path):
-    for name in ("backends_fastbert", "fff_op", "fff_reference"):
+    for name in ("backends_fastbert", "dispatch_fastbert", "fff_op", "fff_reference"):
         source = Path(backends_fastbert.__file__).with_name(f"{name}.py")
         (tmp_path / "bundle").mkdir(exist_ok=True)
         (tmp_path / "bundle" / f"{name}.py").write_text(source.read_text())

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForMaskedLM
 
 from fastbert_hf.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
+from fastbert_hf.training import finetuning
 from fastbert_hf.training.arguments import load_yaml
 from fastbert_hf.training.pretraining_model import model_config
 
@@ -97,3 +98,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Names the runs that were really trained."""
+    started, original = [], finetuning.train
+
+    def train(trainer, checkpoint):
+        started.append(trainer.args.output_dir)
+        return original(trainer, checkpoint)
+
+    monkeypatch.setattr(finetuning, "train", train)
+    return started

@@ -58,6 +58,46 @@ def test_a_resumed_run_repeats_the_losses_bit_for_bit(tiny, finished, tmp_path):
         assert again["resume_seconds"] > 0 and summary["resume_seconds"] is None
 
 
+@pytest.fixture(scope="module")
+def dropped(tiny, tmp_path_factory):
+    """Folder and changes of a run of 8 steps with dropout and checkpoints at 3 and 6."""
+    folder = tmp_path_factory.mktemp("dropped") / "out"
+    parts = {"batch_size": 8, "per_device_train_batch_size": 4, "disable_dropout": False}
+    changes = budget(8, save_steps=3, **parts)
+    pretrain(*arguments(tiny, folder, **changes))
+    return folder, changes
+
+
+@pytest.mark.parametrize(
+    "others",
+    [{}, {"dataloader_num_workers": 2}, {"eval_on_start": True}, {"evaluations": 4}],
+    ids=["alone", "loader processes", "evaluation at the start", "evaluations between"],
+)
+def test_dropout_after_a_resume_is_that_of_an_undisturbed_run(tiny, dropped, tmp_path, others):
+    """Whatever draws random numbers beside the model."""
+    folder, changes = dropped
+    shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-3")
+    _, summary = pretrain(*arguments(tiny, tmp_path, **changes, **others))
+    assert summary["resumed_from"].endswith("checkpoint-3")
+    assert losses(tmp_path) == losses(folder)
+
+
+def test_every_microbatch_has_a_dropout_of_its_own(tiny, tmp_path, monkeypatch):
+    draws = []
+    original = budget_trainer.BudgetTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if model.training:
+            draws.append(torch.rand(4).tolist())
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(budget_trainer.BudgetTrainer, "compute_loss", compute_loss)
+    parts = {"batch_size": 8, "per_device_train_batch_size": 4, "save_strategy": "no"}
+    for seed in (0, 1):
+        pretrain(*arguments(tiny, tmp_path / str(seed), **budget(3, seed=seed, **parts)))
+    assert len(draws) == 12 and len(set(map(tuple, draws))) == 12
+
+
 def test_a_finished_run_is_reported_again_without_training(tiny, finished, tmp_path):
     folder, summary, changes = finished
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
@@ -87,6 +127,14 @@ def test_a_longer_budget_goes_on_at_its_own_rate(tiny, finished, tmp_path):
 def test_another_batch_or_seed_does_not_go_on_from_a_checkpoint(tiny, finished, tmp_path):
     folder, _, changes = finished
     shutil.copytree(folder / "checkpoint-4", tmp_path / "checkpoint-4")
+    for other, message in (
+        ({"per_device_train_batch_size": 2}, "per_device_train_batch_size is 4 there, 2 here"),
+        ({"seed": 3}, "seed is 0 there, 3 here"),
+        ({"validation_share": 0.5}, "validation_share is 0.1 there, 0.5 here"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pretrain(*arguments(tiny, tmp_path, **{**changes, **other}))
+    (tmp_path / "checkpoint-4" / "run_settings.json").unlink()  # as versions wrote it that did not note settings
     for other, message in (
         ({"per_device_train_batch_size": 2}, "per_device_train_batch_size 4, this run has 2"),
         ({"seed": 3}, "data_seed 0, this run has 3"),

@@ -85,10 +85,17 @@ def test_own_files_with_named_labels(pretrained, glue_dir, tmp_path):
     assert model.config.label2id == {"minerals": 0, "plants": 1}
 
 
-def test_a_finished_run_is_picked_up_not_repeated(pretrained, glue_dir, tmp_path):
+def test_a_finished_run_is_picked_up_not_repeated(pretrained, glue_dir, tmp_path, counted):
     changes = {"max_steps": 6, "save_strategy": "steps", "save_steps": 6}
     data = {"task_name": "sst2", "glue_dir": glue_dir}
     _, first = run(pretrained, tmp_path, data, **changes)
+    trained = (tmp_path / "model.safetensors").stat().st_mtime_ns
+    model, same = run(pretrained, tmp_path, data, **changes)
+    assert same == first and len(counted) == 1
+    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == trained
+    for name, value in AutoModelForSequenceClassification.from_pretrained(tmp_path).state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    (tmp_path / "summary.json").unlink()  # as if it had been interrupted
     _, again = run(pretrained, tmp_path, data, **changes)
     assert again["resumed_from"] == str(tmp_path / "checkpoint-6")
     assert again["accuracy"] == first["accuracy"] and again["steps"] == 6

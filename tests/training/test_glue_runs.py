@@ -6,47 +6,15 @@ import zipfile
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, TrainingArguments
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.training import finetuning
 from fastbert_hf.training.classifier import ModelArguments
 from fastbert_hf.training.finetuning import DataTrainingArguments
-from fastbert_hf.training.glue_runs import finetune_all, model_names, task_names
+from fastbert_hf.training.glue_runs import model_names, task_names
 from tests.training.conftest import write_split
-
-
-def run_all(models, glue_dir, output_dir, tasks="sst2", seeds=(), **changes):
-    model, data = {"model_name_or_path": [str(path) for path in models]}, {"max_seq_length": 24}
-    for name in list(changes):
-        for kind, options in ((ModelArguments, model), (DataTrainingArguments, data)):
-            if name in kind.__dataclass_fields__ and name in changes:
-                options[name] = changes.pop(name)
-    data |= {"task_name": tasks, "glue_dir": str(glue_dir), "seeds": list(seeds)}
-    training = {
-        "do_train": True,
-        "do_eval": True,
-        "max_steps": 3,
-        "learning_rate": 1e-2,
-        "save_strategy": "no",
-        "logging_steps": 1,
-    }
-    training |= {"per_device_train_batch_size": 8, "disable_tqdm": True, "use_cpu": True, **changes}
-    args = TrainingArguments(output_dir=str(output_dir), **training)
-    return finetune_all(ModelArguments(**model), DataTrainingArguments(**data), args)
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    """Names the runs that were really trained."""
-    started, original = [], finetuning.train
-
-    def train(trainer, checkpoint):
-        started.append(trainer.args.output_dir)
-        return original(trainer, checkpoint)
-
-    monkeypatch.setattr(finetuning, "train", train)
-    return started
+from tests.training.runs import run_all
 
 
 def test_models_are_called_after_their_folder(tmp_path, monkeypatch):
@@ -125,6 +93,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(pretrained, glue_dir, tm
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"resume_from_checkpoint": "a/checkpoint-1"}, "'a/checkpoint-1' is a checkpoint of one run; 2 are wanted"),
         ({"tasks": "all"}, "cola has no train split"),
         ({"tasks": ["sst2", "mrpc"]}, "mrpc has no train split"),
         ({"tasks": ["sst2", "stsb"], "class_weights": "balanced"}, "stsb has no classes"),
@@ -219,6 +188,7 @@ def test_lora_goes_on_from_its_checkpoints(pretrained, glue_dir, tmp_path):
     changes = {"lora_rank": 4, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     (whole,) = run_all([pretrained], glue_dir, tmp_path / "out", **changes)
     for last in (6, 3):
+        (tmp_path / "out" / "summary.json").unlink()  # as if it had been interrupted
         (again,) = run_all([pretrained], glue_dir, tmp_path / "out", **changes)
         assert again["resumed_from"] == str(tmp_path / "out" / f"checkpoint-{last}")
         assert again["accuracy"] == whole["accuracy"] and again["steps"] == 6

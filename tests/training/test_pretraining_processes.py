@@ -38,6 +38,7 @@ def command(tiny, folder, microbatch, *extra):
         "batch_ramp": 0.5,
         "per_device_train_batch_size": microbatch,
         "learning_rate": 0.01,
+        "disable_dropout": "false",
         "save_steps": 4,
         "save_total_limit": 2,
         "logging_steps": 1,

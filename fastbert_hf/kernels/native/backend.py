@@ -5,12 +5,13 @@ from torch import Tensor
 
 from fastbert_hf.fff_reference import check_arguments
 
-from .library import load_library, why_unavailable
+from .library import describe, load_library, why_unavailable
 
 ACTIVATION_CODES = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 MAX_DEPTH = 30  # node numbers are int32
-STATUS_NO_MEMORY, STATUS_BAD_PATH = 1, 2
+MAX_BACKWARD_ROWS = 2**31 - 1  # so are row numbers, which forward counts in each of its chunks
+STATUS_NO_MEMORY, STATUS_BAD_PATH, STATUS_NO_DATA = 1, 2, 4
 
 
 class NativeBackend:
@@ -30,6 +31,10 @@ class NativeBackend:
         if reason is None and self._forward is None:
             self._load()
         return reason
+
+    def describe(self) -> str:
+        """What runs on this machine, where it is available."""
+        return describe()
 
     def _load(self) -> None:
         library = load_library()
@@ -110,6 +115,8 @@ class NativeBackend:
         num_rows, trees, levels = logits.shape
         check_arguments(x, weight_in, bias_in, weight_out, trees, levels - 1, activation)
         inputs = (x, weight_in, bias_in, weight_out)
+        if num_rows > MAX_BACKWARD_ROWS:
+            return self._backward_in_chunks(grad_y, inputs, visited, logits, activation, output_mask)
         allocate = torch.empty if num_rows else torch.zeros
         gradients = [
             allocate(t.shape, dtype=t.dtype) if wanted and t is not None else None
@@ -133,6 +140,23 @@ class NativeBackend:
         if status:
             _raise_status(status)
         return gradients
+
+    def _backward_in_chunks(self, grad_y, inputs, visited, logits, activation, output_mask) -> list[Tensor | None]:
+        """Gradients of more rows than one call of the library numbers; those of parameters are summed in float32."""
+        x, *parameters = inputs
+        grads_x, totals = [], [None] * len(parameters)
+        chunks = (t.split(MAX_BACKWARD_ROWS) for t in (grad_y, x, visited, logits))
+        for some_grad_y, some_x, some_visited, some_logits in zip(*chunks):
+            call = (some_grad_y, some_x, *parameters, some_visited, some_logits, activation, output_mask)
+            grad_x, *gradients = self.backward(*call)
+            grads_x.append(grad_x)
+            for i, gradient in enumerate(gradients):
+                if gradient is not None:
+                    totals[i] = gradient.float() if totals[i] is None else totals[i].add_(gradient)
+        return [
+            torch.cat(grads_x) if output_mask[0] else None,
+            *(None if total is None else total.to(x.dtype) for total in totals),
+        ]
 
 
 def _check_paths(grad_y: Tensor, x: Tensor, weight_out: Tensor, visited: Tensor, logits: Tensor) -> None:
@@ -160,4 +184,8 @@ def _raise_status(status: int) -> None:
         raise MemoryError("the native FFF kernels could not allocate scratch memory")
     if status == STATUS_BAD_PATH:
         raise ValueError("visited does not hold paths from the root to a leaf, as the op's forward returns them")
+    if status == STATUS_NO_DATA:
+        raise ValueError(
+            "a tensor has no memory of its own (torch._efficientzerotensor); expected one that has: clone it"
+        )
     raise AssertionError(f"the native FFF kernels refused their arguments (status {status})")

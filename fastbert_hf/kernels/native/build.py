@@ -5,6 +5,7 @@ so one build serves every version of torch and Python.
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,14 +36,23 @@ class BuildError(RuntimeError):
     """The library could not be compiled; the message says why."""
 
 
-def find_compiler() -> str:
-    """Path of the C++ compiler: $CXX, else the first of c++, g++, clang++."""
-    candidates = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    for name in candidates:
+def find_compiler() -> list[str]:
+    """The command that calls the C++ compiler: $CXX, a launcher and flags included, else c++, g++ or clang++.
+
+    Raises:
+        BuildError: no such program, or $CXX is not a command.
+    """
+    wanted = os.environ.get("CXX", "").strip()
+    try:
+        candidates = [shlex.split(wanted)] if wanted else [["c++"], ["g++"], ["clang++"]]
+    except ValueError as error:
+        raise BuildError(f"CXX is {wanted!r}; expected a command ({error})") from error
+    for name, *arguments in candidates:
         path = shutil.which(name)
         if path is not None:
-            return path
-    raise BuildError(f"no C++ compiler found (tried {', '.join(candidates)}); install g++ or set CXX")
+            return [path, *arguments]
+    tried = ", ".join(name for name, *_ in candidates)
+    raise BuildError(f"no C++ compiler found (tried {tried}); install g++ or set CXX")
 
 
 def build(output: Path, extra_flags: tuple[str, ...] = ()) -> None:
@@ -59,7 +69,7 @@ def build(output: Path, extra_flags: tuple[str, ...] = ()) -> None:
         objects = [Path(folder) / f"{source.stem}.o" for source in SOURCES]
         compilations = [
             subprocess.Popen(
-                [compiler, *FLAGS, *extra_flags, "-c", str(source), "-o", str(target)],
+                [*compiler, *FLAGS, *extra_flags, "-c", str(source), "-o", str(target)],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -68,12 +78,12 @@ def build(output: Path, extra_flags: tuple[str, ...] = ()) -> None:
         ]
         logs = [process.communicate()[0] for process in compilations]
         if any(process.returncode for process in compilations):
-            raise BuildError(f"{compiler} failed:\n" + "".join(logs)[-4000:])
+            raise BuildError(f"{shlex.join(compiler)} failed:\n" + "".join(logs)[-4000:])
         linked = Path(folder) / output.name
-        command = [compiler, "-shared", *extra_flags, *map(str, objects), "-o", str(linked)]
+        command = [*compiler, "-shared", *extra_flags, *map(str, objects), "-o", str(linked)]
         link = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if link.returncode:
-            raise BuildError(f"{compiler} failed:\n{link.stdout[-4000:]}")
+            raise BuildError(f"{shlex.join(compiler)} failed:\n{link.stdout[-4000:]}")
         # a rename replaces the file at once: processes that have the old library loaded keep it
         staged = output.with_name(f".{output.name}.{os.getpid()}")
         shutil.copyfile(linked, staged)

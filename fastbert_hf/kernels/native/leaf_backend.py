@@ -5,12 +5,15 @@ from torch import Tensor
 
 from fastbert_hf.leaf_reference import check_leaf_arguments, leaves_per_tree
 
-from .backend import ACTIVATION_CODES, DTYPE_CODES, NativeBackend, _raise_status
+from .backend import ACTIVATION_CODES, DTYPE_CODES, MAX_BACKWARD_ROWS, NativeBackend, _raise_status
 from .library import load_library
 
 
 class NativeLeafBackend(NativeBackend):
-    """C++ kernels of leaf trees for CPUs: float32 and bfloat16, accumulated in float32; promises as `NativeBackend`."""
+    """C++ kernels of leaf trees for CPUs: float32 and bfloat16, accumulated in float32.
+
+    Results are as reproducible as those of `NativeBackend`.
+    """
 
     def _load(self) -> None:
         library = load_library()
@@ -84,6 +87,8 @@ class NativeLeafBackend(NativeBackend):
         found = check_leaf_arguments(*inputs, trees, depth, activation)
         if found != width or leaves_per_tree(depth) * trees * width != neurons:
             raise ValueError(f"logits are {width} wide; expected the leaf width {found}")
+        if num_rows > MAX_BACKWARD_ROWS:
+            raise ValueError(f"x has {num_rows} rows; expected at most {MAX_BACKWARD_ROWS} in one backward pass")
         allocate = torch.empty if num_rows else torch.zeros
         gradients = [
             allocate(t.shape, dtype=t.dtype) if wanted and t is not None else None

@@ -10,6 +10,7 @@ import torch
 
 INSTRUCTION_SET_VARIABLE = "FASTBERT_NATIVE_ISA"  # avx512, avx2 or generic; by default the best that the CPU has
 ABI_VERSION = 2
+NO_RUNTIME, FORKED = 1, 2  # states of fff_threads_state
 FOLDER = Path(__file__).resolve().parent
 
 # pointers, then sizes (N, H, H_out, P), then depth, activation, dtype, threads
@@ -48,6 +49,7 @@ def _open_library() -> ctypes.CDLL:
     library.fff_leaf_forward.restype = library.fff_leaf_backward.restype = c_int
     library.fff_forward.restype = library.fff_backward.restype = c_int
     library.fff_instruction_set.restype = c_char_p
+    library.fff_threads_state.restype = c_int
     library.fff_select_instruction_set.argtypes = [c_char_p]
     library.fff_set_parallel_region.argtypes = [c_void_p]
     return library
@@ -82,6 +84,28 @@ def load_library() -> ctypes.CDLL:
     if wanted and not library.fff_select_instruction_set(wanted.encode()):
         raise LibraryError(f"{INSTRUCTION_SET_VARIABLE}={wanted!r} is unknown or this CPU does not have it")
     return library
+
+
+def why_one_thread() -> str | None:
+    """Why the kernels run on the calling thread alone in this process, or None where they use torch's threads."""
+    state = load_library().fff_threads_state()
+    if state == FORKED:
+        return "this process was forked, and OpenMP's threads stayed with its parent"
+    if state == NO_RUNTIME:
+        return "torch's OpenMP runtime has no GOMP_parallel to share its threads"
+    if torch.get_num_threads() == 1:
+        return "torch.get_num_threads() is 1"
+    return None
+
+
+def describe() -> str:
+    """Which instruction set runs, and on how many threads; why on one, if so."""
+    instruction_set = load_library().fff_instruction_set().decode()
+    if os.environ.get(INSTRUCTION_SET_VARIABLE):
+        instruction_set += f" (chosen by {INSTRUCTION_SET_VARIABLE})"
+    reason = why_one_thread()
+    threads = f"up to {torch.get_num_threads()} threads of torch" if reason is None else f"one thread: {reason}"
+    return f"instruction set {instruction_set}, {threads}"
 
 
 @functools.cache

@@ -111,9 +111,7 @@ template <class E>
 static Status all_logit_gradients(const Shape& s, const BackwardTensors& tensors, const Paths& paths,
                                   float* grad_logits) {
   typedef const typename E::type* In;
-  const PathSum<E> out = {s.num_rows,  s.trees,           s.levels(), s.nodes(),
-                          s.out_width, s.depth,           s.threads,  (In)tensors.weight_out,
-                          nullptr,     paths.leaves.data, nullptr,    false};
+  const PathSum<E> out = paths_of<E>(s, tensors.weight_out, s.out_width, paths.leaves.data);
   const int64_t slice = 64, slices = ceil_div(s.num_rows, slice);
   auto task = [&](int64_t i, int) {
     In path[32];
@@ -130,18 +128,19 @@ template <class E>
 static Status weight_gradient(const Shape& s, const Paths& paths, const float* coefficients, const void* vectors,
                               int64_t width, void* gradient) {
   typedef typename E::type T;
-  const WeightGradient<E> g = {s.num_rows,
-                               s.trees,
-                               s.levels(),
-                               s.nodes(),
-                               width,
-                               s.depth,
-                               paths.sorted.data,
-                               paths.leaves.data,
-                               coefficients,
-                               (const T*)vectors,
-                               (T*)gradient,
-                               should_stream(gradient, s.trees * s.nodes(), width * (int64_t)sizeof(T))};
+  WeightGradient<E> g = {};
+  g.num_rows = s.num_rows;
+  g.trees = s.trees;
+  g.levels = s.levels();
+  g.nodes = s.nodes();
+  g.width = width;
+  g.depth = s.depth;
+  g.sorted = paths.sorted.data;
+  g.leaves = paths.leaves.data;
+  g.coefficients = coefficients;
+  g.vectors = (const T*)vectors;
+  g.gradient = (T*)gradient;
+  g.streams = should_stream(gradient, s.trees * s.nodes(), width * (int64_t)sizeof(T));
   // wide enough that a row's piece fills some cache lines, narrow enough to occupy the threads
   int64_t columns = 4 * kStrip;
   while (columns > kStrip && s.trees * ceil_div(width, columns) < 3 * s.threads) columns -= kStrip;

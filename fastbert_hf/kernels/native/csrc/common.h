@@ -59,7 +59,7 @@ struct LeafBackwardTensors {
       *grad_bias_out;  // null where not wanted
 };
 
-enum Status { kDone = 0, kNoMemory = 1, kBadPath = 2, kBadArgument = 3 };
+enum Status { kDone = 0, kNoMemory = 1, kBadPath = 2, kBadArgument = 3, kNoData = 4 };
 
 // One entry per element type: float32, bfloat16.
 struct Kernels {

@@ -26,12 +26,16 @@ namespace {
 const Kernels* chosen = nullptr;
 
 // GOMP_parallel of the OpenMP runtime that torch has loaded: this library links none of its own, so both share one
-// pool of threads. Null: everything runs on the calling thread.
+// pool of threads. Null: everything runs on the calling thread; `forked` says why.
 typedef void (*ParallelRegion)(void (*)(void*), void*, unsigned, unsigned);
 ParallelRegion parallel_region = nullptr;
+bool forked = false;
 
 // OpenMP's threads do not exist in a forked child, and a region there would wait for them for ever.
-void forget_threads() { parallel_region = nullptr; }
+void forget_threads() {
+  parallel_region = nullptr;
+  forked = true;
+}
 
 struct Region {
   void (*task)(void*, int64_t, int);
@@ -86,20 +90,17 @@ void expect_writes(void* buffer, int64_t bytes) {
 }
 
 // A thread is worth waking for about ten microseconds of products.
-int useful_threads(int threads, int64_t num_rows, int64_t products_per_row) {
-  const int64_t per_thread = 150000;
-  const int64_t rows_per_thread = max64(1, per_thread / max64(1, products_per_row));
-  return (int)max64(1, min64(threads, num_rows / rows_per_thread));
-}
+constexpr int64_t kProductsPerThread = 150000, kProductsPerWrite = 6;
 
-int useful_threads(const Shape& s) {
-  return useful_threads(s.threads, s.num_rows, s.visits() * (s.in_width + s.out_width));
+int useful_threads(const Shape& s, int64_t products_per_row, int64_t other_products = 0) {
+  const int64_t rows_per_thread = max64(1, kProductsPerThread / max64(1, products_per_row));
+  const int64_t useful = max64(s.num_rows / rows_per_thread, other_products / kProductsPerThread);
+  return (int)max64(1, min64(s.threads, useful));
 }
 
 // A leaf is wide enough to share even one row's work among threads.
-int useful_threads(const LeafShape& s) {
-  const int64_t products = s.trees * (s.depth * s.in_width + s.leaf_width * (s.in_width + s.out_width));
-  return (int)max64(1, min64(s.threads, s.num_rows * products / 150000));
+int useful_threads(const LeafShape& s, int64_t products_per_row) {
+  return (int)max64(1, min64(s.threads, s.num_rows * products_per_row / kProductsPerThread));
 }
 
 bool in_range(const Shape& s, int dtype) {
@@ -111,6 +112,12 @@ bool in_range(const LeafShape& s, int dtype) {
   return s.num_rows > 0 && s.in_width >= 0 && s.out_width >= 0 && s.trees >= 1 && s.leaf_width >= 1 && s.depth >= 0 &&
          s.depth <= 24 && s.activation >= 0 && s.activation <= 3 && s.threads >= 1 && (dtype == 0 || dtype == 1);
 }
+
+// Tensors without memory of their own (zeros that torch has not written yet) have null pointers.
+bool missing(const void* tensor, int64_t count) { return count > 0 && !tensor; }
+
+// Forward walks a large call in chunks. Backward sorts all rows at once, by numbers of type int32_t.
+bool rows_in_range(int64_t num_rows) { return num_rows <= INT32_MAX; }
 
 }  // namespace
 
@@ -163,6 +170,9 @@ FFF_API void fff_set_parallel_region(void* gomp_parallel) {
   memcpy(&fff::parallel_region, &gomp_parallel, sizeof gomp_parallel);
 }
 
+// 0: a parallel region was set and is used; 1: none was set; 2: this process was forked, its parent has the threads.
+FFF_API int fff_threads_state() { return fff::forked ? 2 : (fff::parallel_region ? 0 : 1); }
+
 FFF_API const char* fff_instruction_set() { return fff::chosen->name; }
 
 // Returns 0 if this machine or this build does not have the named set.
@@ -180,7 +190,10 @@ FFF_API int fff_forward(const void* x, const void* weight_in, const void* bias_i
                         int64_t trees, int depth, int activation, int dtype, int threads) {
   fff::Shape shape = {num_rows, in_width, out_width, trees, depth, activation, threads};
   if (!fff::in_range(shape, dtype)) return fff::kBadArgument;
-  shape.threads = fff::useful_threads(shape);
+  if (fff::missing(x, in_width) || fff::missing(weight_in, in_width) || fff::missing(weight_out, out_width) ||
+      fff::missing(y, out_width))
+    return fff::kNoData;
+  shape.threads = fff::useful_threads(shape, shape.visits() * (in_width + out_width));
   const int64_t size = dtype == 0 ? 4 : 2;
   fff::expect_writes(y, num_rows * out_width * size);
   return fff::chosen->forward[dtype](shape, {x, weight_in, bias_in, weight_out, y, visited, logits});
@@ -190,9 +203,17 @@ FFF_API int fff_backward(const void* grad_y, const void* x, const void* weight_i
                          const int32_t* visited, const float* logits, void* grad_x, void* grad_weight_in,
                          void* grad_bias_in, void* grad_weight_out, int64_t num_rows, int64_t in_width,
                          int64_t out_width, int64_t trees, int depth, int activation, int dtype, int threads) {
-  const fff::Shape shape = {num_rows, in_width, out_width, trees, depth, activation, threads};
-  if (!fff::in_range(shape, dtype)) return fff::kBadArgument;
+  fff::Shape shape = {num_rows, in_width, out_width, trees, depth, activation, threads};
+  if (!fff::in_range(shape, dtype) || !fff::rows_in_range(num_rows)) return fff::kBadArgument;
   const int64_t size = dtype == 0 ? 4 : 2, nodes = shape.trees * shape.nodes();
+  if (fff::missing(grad_y, out_width) || fff::missing(x, in_width) || fff::missing(weight_in, in_width) ||
+      fff::missing(weight_out, out_width) || !visited || !logits)
+    return fff::kNoData;
+  const bool through_logits = grad_x || grad_weight_in || grad_bias_in;
+  const int64_t widths = (through_logits ? out_width : 0) + (grad_x ? in_width : 0) +
+                         (grad_weight_in ? in_width : 0) + (grad_weight_out ? out_width : 0);
+  const int64_t written = nodes * ((grad_weight_in ? in_width : 0) + (grad_weight_out ? out_width : 0));
+  shape.threads = fff::useful_threads(shape, shape.visits() * widths, written * fff::kProductsPerWrite);
   fff::expect_writes(grad_x, num_rows * in_width * size);
   fff::expect_writes(grad_weight_in, nodes * in_width * size);
   fff::expect_writes(grad_weight_out, nodes * out_width * size);
@@ -207,7 +228,11 @@ FFF_API int fff_leaf_forward(const void* x, const void* router, const void* thre
                              int activation, int dtype, int threads) {
   fff::LeafShape shape = {num_rows, in_width, out_width, trees, leaf_width, depth, activation, threads};
   if (!fff::in_range(shape, dtype)) return fff::kBadArgument;
-  shape.threads = fff::useful_threads(shape);
+  const int64_t routers = trees * shape.routers();
+  if (fff::missing(x, in_width) || fff::missing(router, routers * in_width) || fff::missing(threshold, routers) ||
+      fff::missing(weight_in, in_width) || fff::missing(weight_out, out_width) || fff::missing(y, out_width))
+    return fff::kNoData;
+  shape.threads = fff::useful_threads(shape, trees * (depth * in_width + leaf_width * (in_width + out_width)));
   fff::expect_writes(y, num_rows * out_width * (dtype == 0 ? 4 : 2));
   return fff::chosen->leaf_forward[dtype](
       shape, {x, router, threshold, weight_in, bias_in, weight_out, bias_out, y, leaves, deciders, margins, logits});
@@ -221,9 +246,13 @@ FFF_API int fff_leaf_backward(const void* grad_y, const void* x, const void* rou
                               int64_t out_width, int64_t trees, int64_t leaf_width, int depth, int activation,
                               int dtype, int threads) {
   fff::LeafShape shape = {num_rows, in_width, out_width, trees, leaf_width, depth, activation, threads};
-  if (!fff::in_range(shape, dtype)) return fff::kBadArgument;
-  shape.threads = fff::useful_threads(shape);
+  if (!fff::in_range(shape, dtype) || !fff::rows_in_range(num_rows)) return fff::kBadArgument;
+  if (fff::missing(grad_y, out_width) || fff::missing(x, in_width) || fff::missing(weight_in, in_width) ||
+      fff::missing(router, trees * shape.routers() * in_width) || fff::missing(weight_out, out_width) || !leaves ||
+      !deciders || !margins || !logits)
+    return fff::kNoData;
   const int64_t size = dtype == 0 ? 4 : 2, neurons = shape.trees * shape.leaves() * leaf_width;
+  shape.threads = fff::useful_threads(shape, 2 * trees * leaf_width * (in_width + out_width));
   fff::expect_writes(grad_x, num_rows * in_width * size);
   fff::expect_writes(grad_weight_in, neurons * in_width * size);
   fff::expect_writes(grad_weight_out, neurons * out_width * size);

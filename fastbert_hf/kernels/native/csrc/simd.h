@@ -140,7 +140,6 @@ FFF_INLINE void stream_bf16(uint16_t* p, vec even, vec odd) {
 #else
 
 typedef float vec __attribute__((vector_size(16)));
-typedef uint32_t bits __attribute__((vector_size(16)));
 constexpr int kWidth = 4;
 
 FFF_INLINE vec zero() { return vec{0, 0, 0, 0}; }

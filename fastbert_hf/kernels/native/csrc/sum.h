@@ -24,25 +24,34 @@ struct PathSum {
   bool streams;               // y is large
 };
 
+// The paths alone, with nothing to sum.
+template <class E>
+static PathSum<E> paths_of(const Shape& s, const void* weight, int64_t width, const uint32_t* leaves) {
+  PathSum<E> p = {};
+  p.num_rows = s.num_rows;
+  p.trees = s.trees;
+  p.levels = s.levels();
+  p.nodes = s.nodes();
+  p.width = width;
+  p.depth = s.depth;
+  p.threads = s.threads;
+  p.weight = (const typename E::type*)weight;
+  p.leaves = leaves;
+  return p;
+}
+
 // Trees of depth 0 have one node that every row visits: they are summed as one tree with one path of P nodes.
 template <class E>
 static PathSum<E> path_sum(const Shape& s, const void* weight, int64_t width, const float* coefficients,
                            const uint32_t* leaves, void* y) {
-  typedef const typename E::type* In;
-  typedef typename E::type* Out;
   const bool flat = s.depth == 0;
-  return {s.num_rows,
-          flat ? 1 : s.trees,
-          flat ? s.trees : s.levels(),
-          s.nodes(),
-          width,
-          s.depth,
-          s.threads,
-          (In)weight,
-          coefficients,
-          leaves,
-          (Out)y,
-          should_stream(y, s.num_rows, width * (int64_t)sizeof(typename E::type))};
+  PathSum<E> p = paths_of<E>(s, weight, width, leaves);
+  p.trees = flat ? 1 : s.trees;
+  p.levels = flat ? s.trees : s.levels();
+  p.coefficients = coefficients;
+  p.y = (typename E::type*)y;
+  p.streams = should_stream(y, s.num_rows, width * (int64_t)sizeof(typename E::type));
+  return p;
 }
 
 // Rows of weights on the path to a leaf, from level `first` on.
@@ -106,7 +115,12 @@ template <class E>
 static void sum_sorted(const PathSum<E>& p, const SumScratch<E>& scratch, int64_t tree, const int32_t* rows,
                        float* const* wide, int count) {
   const bool fetches_y = !p.streams && p.num_rows * p.width * (int64_t)sizeof(typename E::type) >= kCachedBytes;
-  const SumRows<E> s = {scratch.path, p.levels, nullptr, nullptr, nullptr, tree == 0, tree == p.trees - 1, p.streams};
+  SumRows<E> s = {};
+  s.rows = scratch.path;
+  s.num_nodes = p.levels;
+  s.first = tree == 0;
+  s.last = tree == p.trees - 1;
+  s.streams = p.streams;
   int starts[kSumBlock + 1], num_runs = 0;  // runs of rows at one leaf
   uint32_t leaves[kSumBlock];
   for (int i = 0; i < count; ++i) {

@@ -1,0 +1,137 @@
+"""How many threads the native kernels wake, how many rows they number, and what they say of themselves."""
+
+import ctypes
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastbert_hf.kernels.native import backend as backend_module
+from fastbert_hf.kernels.native import library
+from tests.kernels.cases import make_problem
+
+STATUS_BAD_ARGUMENT = 3
+REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+
+
+def gradients(native, problem, output_mask=None):
+    _, visited, logits = native.forward(problem.x, *problem.parameters())
+    parameters = (problem.weight_in, problem.bias_in, problem.weight_out)
+    mask = output_mask or problem.output_mask
+    return native.backward(problem.grad_y, problem.x, *parameters, visited, logits, problem.activation, mask)
+
+
+def part(problem, rows):
+    return dataclasses.replace(problem, x=problem.x[rows], grad_y=problem.grad_y[rows])
+
+
+@pytest.fixture
+def regions(native_library):
+    """The numbers of threads that parallel regions ask for; every region runs on the calling thread."""
+    asked = []
+
+    @REGION
+    def region(function, argument, threads, _flags):
+        asked.append(threads)
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(argument)
+
+    native_library.fff_set_parallel_region(ctypes.cast(region, ctypes.c_void_p))
+    yield asked
+    native_library.fff_set_parallel_region(library._parallel_region_of_torch())
+
+
+def test_a_small_backward_wakes_no_thread(native, regions):
+    torch.set_num_threads(8)
+    gradients(native, make_problem(3, 40, 24, 2, 3))
+    assert regions == []
+    gradients(native, make_problem(3, 64, 64, 1, 11), [True, False, True, False])  # nothing large is written
+    assert regions == []
+
+
+def test_a_large_backward_uses_all_threads_and_a_large_gradient_too(native, regions):
+    torch.set_num_threads(8)
+    gradients(native, make_problem(3000, 96, 96, 1, 5))
+    assert max(regions) == 8
+    regions.clear()
+    gradients(native, make_problem(1, 96, 96, 1, 11))  # 4095 rows of zeros
+    assert max(regions) == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mask", [[True] * 4, [False, True, False, True], [True, False, False, False]])
+def test_backward_of_more_rows_than_it_can_number_goes_in_chunks(native, monkeypatch, dtype, mask):
+    problem = make_problem(50, 24, 20, 2, 3, dtype=dtype)
+    expected = gradients(native, problem, mask)
+    parts = [gradients(native, part(problem, rows), mask) for rows in (slice(0, 20), slice(20, 40), slice(40, 50))]
+    monkeypatch.setattr(backend_module, "MAX_BACKWARD_ROWS", 20)
+    chunked = gradients(native, problem, mask)
+    for index, (value, wanted) in enumerate(zip(chunked, expected, strict=True)):
+        assert (value is None) == (wanted is None) == (not mask[index])
+        if index == 0 and mask[0]:
+            assert torch.equal(value, wanted)
+        elif mask[index]:  # each part and each result is rounded once, to the last of its digits
+            assert value.dtype == dtype
+            sizes = sum(chunk[index].double().abs() for chunk in parts) + wanted.double().abs()
+            error = (value.double() - wanted.double()).abs()
+            assert (error <= 4 * torch.finfo(dtype).eps * sizes + 1e-6).all()
+
+
+def test_the_library_refuses_more_rows_than_it_can_number(native_library):
+    memory = torch.zeros(64)
+    pointers = [memory.data_ptr()] * 6 + [None] * 4
+    assert native_library.fff_backward(*pointers, 2**31, 4, 4, 1, 1, 0, 0, 1) == STATUS_BAD_ARGUMENT
+    assert backend_module.MAX_BACKWARD_ROWS == 2**31 - 1
+
+
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_a_tensor_without_memory_is_refused(native, index):
+    problem = make_problem(3, 8, 8, 1, 2)
+    call = [problem.x, problem.weight_in, problem.bias_in, problem.weight_out]
+    call[index] = torch._efficientzerotensor(call[index].shape)
+    with pytest.raises(ValueError, match="no memory of its own"):
+        native.infer(*call, 1, 2, "gelu")
+
+
+def test_the_backend_names_its_instruction_set_and_threads(native, instruction_set, monkeypatch):
+    torch.set_num_threads(2)
+    assert native.describe() == f"instruction set {instruction_set}, up to 2 threads of torch"
+    monkeypatch.setenv(library.INSTRUCTION_SET_VARIABLE, instruction_set)
+    torch.set_num_threads(1)
+    chosen = f"{instruction_set} (chosen by FASTBERT_NATIVE_ISA)"
+    assert native.describe() == f"instruction set {chosen}, one thread: torch.get_num_threads() is 1"
+
+
+def test_a_runtime_without_its_function_is_named(native, native_library):
+    try:
+        native_library.fff_set_parallel_region(None)
+        assert native.describe().endswith(
+            "one thread: torch's OpenMP runtime has no GOMP_parallel to share its threads"
+        )
+    finally:
+        native_library.fff_set_parallel_region(library._parallel_region_of_torch())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:This process")
+def test_a_forked_child_says_so(native):
+    assert library.why_one_thread() is None
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if "this process was forked" in (library.why_one_thread() or "") else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert library.why_one_thread() is None
+
+
+def test_the_command_prints_them(native, native_library):
+    output = subprocess.run(
+        [sys.executable, "-m", "fastbert_hf.kernels"],
+        env={**os.environ, "OMP_NUM_THREADS": "2", "FASTBERT_NATIVE_ISA": "generic"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    expected = "available: instruction set generic (chosen by FASTBERT_NATIVE_ISA), up to 2 threads of torch"
+    assert expected in output and "backends of the op fff:" in output

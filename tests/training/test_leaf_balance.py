@@ -7,9 +7,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
 
 from fastbert_hf import FastBertConfig, FastBertForSequenceClassification, LeafFeedForward
+from fastbert_hf.data.tokenizer import load_tokenizer
+from fastbert_hf.training.arguments import load_yaml
 from fastbert_hf.training.leaf_balance import (
     BalanceLeaves,
     add_balance,
@@ -20,8 +22,9 @@ from fastbert_hf.training.leaf_balance import (
     stop_counting,
 )
 from fastbert_hf.training.pretraining import pretrain
+from fastbert_hf.training.pretraining_model import model_config
 from tests.training.conftest import TINY_MODEL
-from tests.training.runs import arguments, losses
+from tests.training.runs import arguments, losses, run_all
 from tests.training.test_pretraining_processes import command, finish
 
 
@@ -172,7 +175,7 @@ def test_a_step_that_was_not_taken_moves_nothing(tmp_path):
 
 
 def test_a_model_without_leaf_trees_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="balance_leaves is 0.1 and the model has no leaf trees"):
+    with pytest.raises(ValueError, match="balance_leaves is 0\\.1 and the model has no leaf trees"):
         trainer(classifier(fff_leaf_width=None), tmp_path, 0.1)
     trainer(classifier(fff_leaf_width=None), tmp_path, 0.0)
 
@@ -216,21 +219,43 @@ def test_pretraining_names_a_bad_rate_and_a_model_without_leaves(leafy, tiny, tm
     assert not (tmp_path / "out").exists()
 
 
+def test_fine_tuning_balances_and_counts_it_as_a_setting(leafy, glue_dir, tmp_path):
+    tokenizer = load_tokenizer(leafy / "tokenizer")
+    config = model_config({**load_yaml(leafy / "model.yaml"), "classifier_pooling": "mean"}, tokenizer, 32)
+    torch.manual_seed(0)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    results = {}
+    for rate in (0.0, 5.0):
+        run_all([tmp_path / "model"], glue_dir, tmp_path / str(rate), balance_leaves=rate, num_train_epochs=1)
+        results[rate] = load_file(next((tmp_path / str(rate)).rglob("model.safetensors")))
+    name = next(name for name in results[0.0] if name.endswith("threshold"))
+    assert (results[0.0][name] - results[5.0][name]).abs().max() > 0.1
+    with pytest.raises(ValueError, match="balance_leaves"):
+        run_all([tmp_path / "model"], glue_dir, tmp_path / "5.0", balance_leaves=1.0, num_train_epochs=1)
+    with pytest.raises(ValueError, match="balance_leaves needs --do_train"):
+        run_all([tmp_path / "model"], glue_dir, tmp_path / "out", balance_leaves=1.0, do_train=False)
+
+
+def balanced(rank, processes):
+    """Thresholds after five steps in which this process has its share of the rows."""
+    torch.manual_seed(0)
+    sizes = ((3, 2), (0, 1), (2, 1))
+    layers = torch.nn.ModuleList([LeafFeedForward(8, 8, depth, 2, trees) for depth, trees in sizes]).train()
+    start_counting(layers)
+    for step in range(5):
+        x = torch.randn(64, 8, generator=torch.Generator().manual_seed(step)) + 2
+        for layer in layers:
+            layer(x[rank::processes])
+        balance_leaves(layers, 3.0)
+    return thresholds(layers)
+
+
 PROCESS = """
 import sys, torch, torch.distributed as dist
-from fastbert_hf import LeafFeedForward
-from fastbert_hf.training.leaf_balance import balance_leaves, start_counting
+from tests.training.test_leaf_balance import balanced
 dist.init_process_group("gloo")
-rank = dist.get_rank()
-torch.manual_seed(0)
-layers = torch.nn.ModuleList([LeafFeedForward(8, 8, depth, 2, trees) for depth, trees in ((3, 2), (0, 1), (2, 1))])
-start_counting(layers)
-for step in range(5):
-    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(step)) + 2
-    for layer in layers.train():
-        layer(x[rank::dist.get_world_size()])
-    balance_leaves(layers, 3.0)
-torch.save(layers.state_dict(), f"{sys.argv[1]}/{dist.get_world_size()}-{rank}.pt")
+torch.save(balanced(dist.get_rank(), dist.get_world_size()), f"{sys.argv[1]}/{dist.get_rank()}.pt")
 dist.destroy_process_group()
 """
 needs_gloo = pytest.mark.skipif(
@@ -238,15 +263,15 @@ needs_gloo = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_gloo
 def test_two_processes_move_thresholds_like_one_that_has_all_rows(tmp_path):
     (tmp_path / "process.py").write_text(PROCESS, encoding="utf-8")
-    for processes in (1, 2):
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        finish([sys.executable, *launch, str(tmp_path / "process.py"), str(tmp_path)])
-    alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
-    for name in alone:
-        assert torch.equal(alone[name], first[name]) and torch.equal(first[name], second[name]), name
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    finish([sys.executable, *launch, str(tmp_path / "process.py"), str(tmp_path)])
+    alone = balanced(0, 1)
+    assert all(torch.equal(torch.load(tmp_path / f"{rank}.pt"), alone) for rank in (0, 1))
+    assert not torch.equal(balanced(0, 2), alone)  # half of the rows alone give other thresholds
 
 
 @pytest.mark.slow

@@ -9,9 +9,6 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from fastbert_hf.configuration_fastbert import FastBertConfig
-from fastbert_hf.encoder_fastbert import FastBertDenseFeedForward
-from fastbert_hf.fff_layer import FastFeedForward
 from fastbert_hf.fff_reference import ACTIVATIONS
 from fastbert_hf.leaf_layer import LeafFeedForward
 from fastbert_hf.training.distillation.start_from_data import CHUNK, DenseWeights

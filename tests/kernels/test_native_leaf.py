@@ -269,7 +269,14 @@ def test_saved_tensors_of_another_shape_dtype_or_device_raise(native_leaves):
     for index, name in enumerate(("leaves", "deciders", "margins", "logits")):
         tensor = saved[index]
         wrong_dtype = tensor.long() if tensor.dtype == torch.int32 else tensor.double()
-        for bad in (tensor[:-1], tensor[:, :1], tensor.unsqueeze(0), tensor.flatten(), wrong_dtype, tensor.to("meta")):
+        for bad in (
+            tensor[:-1],
+            tensor[:, :1],
+            tensor.unsqueeze(0),
+            tensor.flatten(),
+            wrong_dtype,
+            tensor.to("meta"),
+        ):
             call = [*saved[:index], bad, *saved[index + 1 :]]
             with pytest.raises(ValueError, match="expected"):
                 problem.backward(native_leaves, call)
@@ -280,7 +287,12 @@ def test_saved_tensors_of_another_shape_dtype_or_device_raise(native_leaves):
     no_trees = [t[:, :0] for t in saved]
     with pytest.raises(ValueError, match="expected"):
         problem.backward(native_leaves, no_trees)
-    for bad_grad_y in (problem.grad_y[:-1], problem.grad_y.double(), problem.grad_y.to("meta"), problem.grad_y[:, 1:]):
+    for bad_grad_y in (
+        problem.grad_y[:-1],
+        problem.grad_y.double(),
+        problem.grad_y.to("meta"),
+        problem.grad_y[:, 1:],
+    ):
         problem.grad_y = bad_grad_y
         with pytest.raises(ValueError, match="grad_y is"):
             problem.backward(native_leaves, saved)

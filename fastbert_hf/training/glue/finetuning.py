@@ -45,6 +45,7 @@ from fastbert_hf.training.glue.settings import (
     run_settings,
 )
 from fastbert_hf.training.glue.submission import write_predictions
+from fastbert_hf.training.leaf_balance import add_balance, check_balance
 from fastbert_hf.training.publishing import check_push, prepare_folder, publish, write_card, write_recipe
 from fastbert_hf.training.runs import (
     check_fit,
@@ -125,6 +126,7 @@ def finetune(
     quiet_host(args)
     set_seed(args.seed)
     model = load_classifier(model_options, model_options.model_name_or_path[0], head)
+    check_balance(data.balance_leaves, model)
     prepared = _Preparation(tokenizer, task_data.task, head, data)
     trainer = _trainer(restrict_training(model, model_options), args, task_data, prepared, work.train)
     if is_main_process(args) and not work.is_done:
@@ -244,7 +246,7 @@ def _trainer(model, args, task_data: TaskData, prepared: _Preparation, trains: b
         args.metric_for_best_model, args.greater_is_better = task_data.task.metrics[0], True
     validation = next(iter(task_data.validations.values()), None)
     patience = prepared.data.early_stopping_patience
-    return ClassifierTrainer(
+    trainer = ClassifierTrainer(
         model=model,
         args=args,
         train_dataset=prepared.rows(task_data.train) if trains else None,
@@ -257,6 +259,8 @@ def _trainer(model, args, task_data: TaskData, prepared: _Preparation, trains: b
         else None,
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
     )
+    add_balance(trainer, prepared.data.balance_leaves)
+    return trainer
 
 
 def _balanced_loss(task_data: TaskData, head: Head, label_smoothing: float) -> Callable[..., Tensor]:

@@ -6,6 +6,7 @@ from transformers import TrainingArguments
 
 from fastbert_hf.data.glue import TASKS, Task, TaskData, get_task, load_glue, load_task_files
 from fastbert_hf.training.glue.classifier import ModelArguments
+from fastbert_hf.training.leaf_balance import check_balance
 
 # options of the Trainer that leave it without one answer for each example
 MEASURABLE = {"prediction_loss_only": False, "eval_do_concat_batches": True, "batch_eval_metrics": False}
@@ -50,6 +51,10 @@ class DataTrainingArguments:
         default=0,
         metadata={"help": "stop after so many evaluations without a better main metric and keep the best; 0: never"},
     )
+    balance_leaves: float = field(
+        default=0.0,
+        metadata={"help": "rate at which leaf trees' thresholds follow the median of their rows, 0: never"},
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "remove what output_dir holds of these runs instead of resuming from it"}
     )
@@ -80,6 +85,7 @@ class DataTrainingArguments:
             raise ValueError(
                 f"label_smoothing_factor must be 0 or above and below 1; got {args.label_smoothing_factor}"
             )
+        check_balance(self.balance_leaves)
         self._check_training(args)
         for name in self.task_name:
             for task in TASKS.values() if name.lower() == "all" else [get_task(name)]:
@@ -90,6 +96,7 @@ class DataTrainingArguments:
         patience = self.early_stopping_patience
         needs = {
             "early_stopping_patience": patience,
+            "balance_leaves": self.balance_leaves,
             "class_weights": self.class_weights != "none",
             "push_to_hub": args.push_to_hub,
         }

@@ -8,13 +8,13 @@ from fastbert_hf.files import write_text
 from fastbert_hf.training.figures import plot_learning_curve, plot_tree_usage
 from fastbert_hf.training.pretraining.data import CorpusArguments, PretrainingData
 from fastbert_hf.training.pretraining.trainer import BudgetTrainer
-from fastbert_hf.training.pretraining.tree_usage import TreeUsageCallback
+from fastbert_hf.training.pretraining.tree_usage import TreeUsageCallback, dead_leaf_names
 from fastbert_hf.training.publishing import write_card, write_recipe
 from fastbert_hf.training.runs import is_main_process, write_summary
 
 HISTORY, USAGE = "history.json", "tree_usage.json"
 CURVE_PICTURE, USAGE_PICTURE = "loss.png", "tree_usage.png"
-RECORDED = ("max_seq_length", "mlm_probability", "disable_dropout", "schedule", "batch_ramp")
+RECORDED = ("max_seq_length", "mlm_probability", "disable_dropout", "schedule", "batch_ramp", "balance_leaves")
 
 
 def write_pretraining_report(
@@ -55,6 +55,7 @@ def write_pretraining_report(
         "validation_sequences": len(data.validation),
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "dead_nodes": sum(layer["dead_nodes"] for layer in usage) if usage else None,
+        "dead_leaves": dead_leaf_names(usage),
         "seed": args.seed,
         "sources": data.sources,
     }

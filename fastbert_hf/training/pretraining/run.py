@@ -12,6 +12,7 @@ from fastbert_hf.data.masking import IGNORED, check_probability
 from fastbert_hf.data.prepared import PreparedCorpus
 from fastbert_hf.data.tokenizer import load_tokenizer, tokenizer_digest
 from fastbert_hf.training.checkpoints import check_checkpoint, find_checkpoint, remove_checkpoints
+from fastbert_hf.training.leaf_balance import add_balance, check_balance
 from fastbert_hf.training.pretraining.budget import UNITS, BudgetClock
 from fastbert_hf.training.pretraining.data import (
     CorpusArguments,
@@ -100,6 +101,10 @@ class PretrainingArguments(CorpusArguments):
     disable_dropout: bool = field(
         default=True, metadata={"help": "train without dropout; the saved configuration keeps its values"}
     )
+    balance_leaves: float = field(
+        default=0.0,
+        metadata={"help": "rate at which leaf trees' thresholds follow the median of their rows, 0: never"},
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "remove the checkpoints in output_dir instead of resuming from them"}
     )
@@ -118,6 +123,7 @@ def _check(options: PretrainingArguments, args: TrainingArguments) -> None:
             raise ValueError(f"{name} must be zero or above; got {getattr(options, name)}")
     if options.max_bad_steps < 1:
         raise ValueError(f"max_bad_steps must be at least 1; got {options.max_bad_steps}")
+    check_balance(options.balance_leaves)
     check_corpus(options)
 
 
@@ -225,6 +231,7 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
         options.disable_dropout,
     )  # fmt: skip
     check_checkpoint(checkpoint, model.config)
+    check_balance(options.balance_leaves, model)
     provenance = _provenance(options, args, model, tokenizer, checkpoint)
     if options.mixed_precision:
         choose_precision(args)
@@ -317,5 +324,6 @@ def _trainer(
         compute_metrics=masked_accuracy,
         preprocess_logits_for_metrics=most_likely,
     )
+    add_balance(trainer, options.balance_leaves)
     show_budget(trainer)
     return trainer

@@ -4,6 +4,13 @@
 from torch import nn
 
 
+class CheckpointMismatchError(ValueError, RuntimeError):
+    """The tensors of a checkpoint do not fit the model.
+
+    A ValueError as for every wrong value here, and a RuntimeError because Transformers raises one for wrong shapes.
+    """
+
+
 def misfits(model: nn.Module, info: dict, head_prefixes: tuple[str, ...], replace_mismatched: bool) -> list[str]:
     """What does not fit, in words; empty if all is well.
 

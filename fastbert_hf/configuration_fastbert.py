@@ -1,13 +1,22 @@
 # Copyright 2026 The FastBERT authors. Licensed under the MIT License.
 """Configuration of FastBERT: BERT with fast feedforward trees."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from difflib import get_close_matches
 from functools import wraps
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# how alike an unknown key and a field are when the key is taken for a misspelling: `ffn_depth` is 0.89,
+# `sep_token_id` beside `pad_token_id` 0.83
+MISSPELT = 0.85
 
 # A repository of any FastBERT head opens as every one of these classes.
 AUTO_MAP = {
@@ -22,7 +31,10 @@ AUTO_MAP = {
 
 
 def _raise_value_errors(cls: type) -> type:
-    """Make construction, assignment and validation raise ValueError, not the errors of strict dataclasses."""
+    """Make construction, assignment and validation raise ValueError, not the errors of strict dataclasses.
+
+    Numbers of NumPy, as hyperparameter searches give them, are assigned as Python's: only those can be saved as JSON.
+    """
 
     def translated(method):
         @wraps(method)
@@ -34,8 +46,15 @@ def _raise_value_errors(cls: type) -> type:
 
         return wrapper
 
+    strict_setattr = translated(cls.__setattr__)
+
+    def setattr_plain(self, name, value):
+        if getattr(value, "shape", None) == () and hasattr(value, "item"):
+            value = value.item()
+        strict_setattr(self, name, value)
+
     cls.__init__ = translated(cls.__init__)
-    cls.__setattr__ = translated(cls.__setattr__)
+    cls.__setattr__ = setattr_plain
     cls.validate = translated(cls.validate)
     return cls
 
@@ -43,7 +62,7 @@ def _raise_value_errors(cls: type) -> type:
 @_raise_value_errors
 @strict
 class FastBertConfig(PreTrainedConfig):
-    """Configuration of a FastBERT model. The defaults are the published model, UltraFastBERT-1x11.
+    """Configuration of a FastBERT model. The defaults are the geometry of the published model, UltraFastBERT-1x11.
 
     `norm_scheme="post"` with `use_bias=True`, `type_vocab_size=2`, `position_embedding_type="absolute"` and
     `final_norm=False` is the geometry of BERT, with or without trees in its feed-forward blocks.
@@ -69,8 +88,11 @@ class FastBertConfig(PreTrainedConfig):
         type_vocab_size: token types; 0 means none, and token_type_ids are then accepted and ignored.
         use_bias: biases in attention projections, dense blocks and the MLM transform.
         mlm_head_transform: dense layer, activation and norm before the decoder. decoder_bias: its bias.
-        sparse_prediction: share of positions that carry MLM labels; above 0, training decodes labelled positions
-            only, with the same loss. 0 decodes every position.
+        sparse_prediction: 0 decodes every position. Above 0, training decodes labelled positions only: the loss is
+            the same, the logits are (labelled positions, V). Compiled models then decode round(share * B * T)
+            positions of every batch and refuse more labels, so the value must be the largest share of labels in any
+            batch. The recipes in configs/pretrain set it; their collator masks the same number in every batch.
+            Transformers' collator masks a random number: leave it 0, or well above mlm_probability.
         classifier_pooling: "cls", "mean" (padding excluded), "mean_all" (padding included), "max" or "lse"
             (maximum and logsumexp over all positions).
         classifier_head_dim: width of the dense layer between pooling and classifier; None leaves it out.
@@ -79,7 +101,9 @@ class FastBertConfig(PreTrainedConfig):
         initializer_range: standard deviation of initial weights.
         pad_token_id: its word embedding receives no gradient from the input side.
     Raises:
-        ValueError: a value of the wrong type or outside its range; the message names both.
+        ValueError: a value of the wrong type or outside its range, the message names both; an unknown key that is
+            almost the name of a field. In a stored configuration, which a later version may have written, such a
+            key is a warning. Other unknown keys become attributes, as everywhere in Transformers.
     Source: arXiv 2311.10770; the geometry is that of "crammed" BERT, arXiv 2212.14034.
     """
 
@@ -109,7 +133,7 @@ class FastBertConfig(PreTrainedConfig):
     use_bias: bool = False
     mlm_head_transform: bool = False
     decoder_bias: bool = False
-    sparse_prediction: float | int = 0.25
+    sparse_prediction: float | int = 0.0
     classifier_pooling: Literal["cls", "mean", "mean_all", "max", "lse"] = "cls"
     classifier_head_dim: int | None = 1024
     hidden_dropout_prob: float | int = 0.1
@@ -121,6 +145,8 @@ class FastBertConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
+        stored = "model_type" in kwargs or self.transformers_version is not None  # nobody types these
+        self._check_spelling(kwargs, stored)
         # code travels with the weights: a model saved again must not point at the repository it was loaded from
         given = {
             auto: target.rpartition("--")[2] if isinstance(target, str) else target  # a pair for tokenizers
@@ -130,10 +156,32 @@ class FastBertConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
+    def _check_spelling(cls, keys: Iterable[str], stored: bool) -> None:
+        """Refuse, or warn of where they are stored, unknown keys that are almost the name of a field."""
+        names = [field.name for field in fields(cls)]
+        for key in keys:
+            known = key in names or hasattr(cls, key) or key.startswith("_")
+            if not known and (close := get_close_matches(key, names, n=1, cutoff=MISSPELT)):
+                message = f"{cls.__name__} has no field {key!r}; did you mean {close[0]!r}?"
+                if not stored:
+                    raise ValueError(message)
+                logger.warning(f"{message} The configuration that is loaded holds it; it has no effect.")
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As in PreTrainedConfig; layouts named in `foreign_layouts` are translated first."""
-        translate = cls.foreign_layouts.get(config_dict.get("model_type"))
-        return super().from_dict(translate(config_dict) if translate else config_dict, **kwargs)
+        """As in PreTrainedConfig; layouts named in `foreign_layouts` are translated first.
+
+        Raises:
+            ValueError: the dictionary is of another model type; see the class for the rest.
+        """
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type in cls.foreign_layouts:
+            config_dict = {"model_type": cls.model_type, **cls.foreign_layouts[model_type](config_dict)}
+        elif model_type != cls.model_type:
+            expected = " or ".join(map(repr, (cls.model_type, *cls.foreign_layouts)))
+            raise ValueError(f"the configuration is of model_type {model_type!r}; expected {expected}")
+        cls._check_spelling(kwargs, stored=False)
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def neurons_per_token(self) -> int:

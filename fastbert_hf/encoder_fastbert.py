@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, H hidden, V vocabulary.
 """
 
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_fastbert import FastBertConfig
 from .fff_layer import FastFeedForward
 from .fff_reference import ACTIVATIONS
+from .inputs_fastbert import check_inputs, check_rows, look_up
 from .leaf_layer import LeafFeedForward
 
 
@@ -24,8 +26,33 @@ def sinusoidal_positions(max_positions: int, hidden_size: int) -> Tensor:
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)  # (T, H/2, 2) -> (T, H)
 
 
-class FastBertEmbeddings(nn.Module):
+class TiedWeightOwner(nn.Module):
+    """A module that owns one end of a tied weight; it warns of an adapter there.
+
+    Merging LoRA and its relatives changes a weight in place, at both ends of the tie, where the adapter was at one.
+    """
+
+    tied_child = ""  # the submodule that has the weight
+    tied_by: FastBertConfig | None = None  # set by a model that ties it to another module's
+
+    def __setattr__(self, name, value):
+        if name == self.tied_child and self.tied_by is not None and self.tied_by.tie_word_embeddings:
+            adapted = hasattr(value, "base_layer") and not hasattr(value, "trainable_tokens_delta")  # PEFT ties these
+            if adapted:
+                warnings.warn(
+                    f"the weight of {name} is tied and an adapter was put on it: it trains and can be saved, but "
+                    "merging it changes the word embeddings and the decoder alike and gives another model. Untie "
+                    "them before the adapter is made: set model.config.tie_word_embeddings to False and "
+                    "model.mlm_head.decoder.weight to a torch.nn.Parameter of a clone of it",
+                    stacklevel=2,
+                )
+        super().__setattr__(name, value)
+
+
+class FastBertEmbeddings(TiedWeightOwner):
     """Word + position (+ token type) embeddings, norm, dropout."""
+
+    tied_child = "word_embeddings"
 
     def __init__(self, config: FastBertConfig):
         super().__init__()
@@ -55,26 +82,38 @@ class FastBertEmbeddings(nn.Module):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """input_ids (B, T), or inputs_embeds (B, T, H) in place of the word embeddings -> (B, T, H)."""
-        if inputs_embeds is None:
-            inputs_embeds = self.word_embeddings(input_ids)  # (B, T) -> (B, T, H)
-        num_tokens = inputs_embeds.shape[1]
+        """input_ids (B, T), or inputs_embeds (B, T, H) in place of the word embeddings -> (B, T, H).
+
+        position_ids and token_type_ids: (T,) or (B, T).
+        """
+        check_inputs(input_ids, inputs_embeds, self.hidden_size)
+        if inputs_embeds is None:  # (B, T) -> (B, T, H)
+            inputs_embeds = look_up("input_ids", self.word_embeddings, input_ids, "vocab_size")
+        num_rows, num_tokens = inputs_embeds.shape[:2]
         if num_tokens > self.max_positions:
             raise ValueError(
                 f"the sequence has {num_tokens} tokens; this model has positions for {self.max_positions} "
                 "(max_position_embeddings): truncate the input"
             )
+        if position_ids is not None:
+            check_rows("position_ids", position_ids, num_rows, num_tokens)
         if self.sinusoidal:
-            positions = self.positions[:num_tokens] if position_ids is None else self.positions[position_ids]
+            positions = (
+                self.positions[:num_tokens]
+                if position_ids is None
+                else look_up("position_ids", self.positions, position_ids, "max_position_embeddings")
+            )
             hidden = inputs_embeds + self.position_scale * positions.to(inputs_embeds.dtype)
         else:
             if position_ids is None:
                 position_ids = torch.arange(num_tokens, device=inputs_embeds.device)
-            hidden = inputs_embeds + self.position_embeddings(position_ids)
+            table = self.position_embeddings
+            hidden = inputs_embeds + look_up("position_ids", table, position_ids, "max_position_embeddings")
         if self.token_type_embeddings is not None:
             if token_type_ids is None:
-                token_type_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=hidden.device)
-            hidden = hidden + self.token_type_embeddings(token_type_ids)
+                token_type_ids = torch.zeros((num_rows, num_tokens), dtype=torch.long, device=hidden.device)
+            check_rows("token_type_ids", token_type_ids, num_rows, num_tokens)
+            hidden = hidden + look_up("token_type_ids", self.token_type_embeddings, token_type_ids, "type_vocab_size")
         return self.dropout(self.norm(hidden))
 
 

@@ -5,12 +5,14 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_fastbert import FastBertConfig
-from .encoder_fastbert import visible_keys
+from .encoder_fastbert import TiedWeightOwner, visible_keys
 from .fff_reference import ACTIVATIONS
 
 
-class FastBertMLMHead(nn.Module):
+class FastBertMLMHead(TiedWeightOwner):
     """Optional transform, then the decoder whose weight is the word embedding."""
+
+    tied_child = "decoder"
 
     def __init__(self, config: FastBertConfig):
         super().__init__()

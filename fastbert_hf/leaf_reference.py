@@ -259,52 +259,73 @@ def leaf_backward(
             wanted.
     Returns: seven dense gradients in the shapes and dtypes of the inputs, None where unwanted.
     """
-    want_x = output_mask[0]
     dtype, trees, width = logits.dtype, logits.shape[1], logits.shape[2]
     num_leaves = weight_in.shape[0] // (trees * width)
-    num_routers = num_leaves - 1
     inputs = (x, router, threshold, weight_in, bias_in, weight_out, bias_out)
     grads = [t.new_zeros(t.shape, dtype=dtype) if w and t is not None else None for t, w in zip(inputs, output_mask)]
-    grad_x, grad_router, grad_threshold, grad_in, grad_bias_in, grad_out, grad_bias_out = grads
-    weight_in = weight_in.view(trees, num_leaves, width, x.shape[1])  # (P, m, w, H)
-    weight_out = weight_out.view(trees, num_leaves, width, weight_out.shape[1]).transpose(-1, -2)  # (P, m, H_out, w)
+    grad_x, grad_router, grad_threshold, *of_neurons, grad_bias_out = grads
+    by_tree = [None if g is None else g.view(trees, num_leaves, width, *g.shape[1:]) for g in of_neurons]
+    by_tree.append(None if grad_bias_out is None else grad_bias_out.view(trees, num_leaves, grad_y.shape[1]))
+    weight_in = weight_in.view(trees, num_leaves, width, x.shape[1])
+    weight_out = weight_out.view(trees, num_leaves, width, weight_out.shape[1])
     confidence = confidence_of(margins)
     grad_y, wide_x = grad_y.to(dtype), x.to(dtype)
     for tree in range(trees):
         rows = _RowsByLeaf(leaves[:, tree], num_leaves)
-        neurons = slice(tree * num_leaves * width, (tree + 1) * num_leaves * width)
-        tree_leaves = slice(tree * num_leaves, (tree + 1) * num_leaves)
-        sorted_grad_y, sorted_logits = grad_y[rows.order], logits[rows.order, tree]
         c = confidence[rows.order, tree].unsqueeze(1)
-        hidden = ACTIVATIONS[activation](sorted_logits)  # (N, w)
-        if grad_out is not None:
-            grad_out[neurons] = rows.outer(c * hidden, sorted_grad_y).flatten(0, 1)
-        if grad_bias_out is not None:
-            grad_bias_out[tree_leaves].index_add_(0, rows.leaf, c * sorted_grad_y)
-        if not any(output_mask[:5]):
-            continue
-        grad_hidden = rows.products(sorted_grad_y, weight_out[tree])  # (N, w), before the confidence
-        grad_c = (hidden * grad_hidden).sum(1)
-        if bias_out is not None:
-            grad_c = grad_c + (sorted_grad_y * bias_out[tree_leaves][rows.leaf]).sum(1)
-        grad_z = ACTIVATION_BACKWARDS[activation](c * grad_hidden, sorted_logits)
-        if grad_in is not None:
-            grad_in[neurons] = rows.outer(grad_z, wide_x[rows.order]).flatten(0, 1)
-        if grad_bias_in is not None:
-            grad_bias_in[neurons].view(num_leaves, width).index_add_(0, rows.leaf, grad_z)
-        if want_x:
+        of_rows = (grad_y[rows.order], wide_x[rows.order], logits[rows.order, tree], c)
+        tree_bias = None if bias_out is None else bias_out.view(trees, num_leaves, grad_y.shape[1])[tree]
+        tree_grads = [None if g is None else g[tree] for g in by_tree]
+        grad_c, grad_z = _leaf_gradients(rows, *of_rows, weight_out[tree], tree_bias, activation, tree_grads)
+        if grad_x is not None:
             grad_x[rows.order] += rows.products(grad_z, weight_in[tree])
-        if num_routers == 0:
+        if num_leaves == 1:
             continue
         grad_l = grad_c * (c * (1 - c)).squeeze(1) * margins[rows.order, tree].sign()  # (N,)
-        decider = deciders[rows.order, tree] + tree * num_routers
+        decider = deciders[rows.order, tree] + tree * (num_leaves - 1)
         if grad_router is not None:
             grad_router.index_add_(0, decider, grad_l.unsqueeze(1) * wide_x[rows.order])
         if grad_threshold is not None:
             grad_threshold.index_add_(0, decider, -grad_l)
-        if want_x:
+        if grad_x is not None:
             grad_x[rows.order] += gathered_sum(grad_l.unsqueeze(1), router, decider.unsqueeze(1))
     return [g if g is None else g.to(t.dtype) for g, t in zip(grads, inputs)]
+
+
+def _leaf_gradients(
+    rows: _RowsByLeaf,
+    grad_y: Tensor,
+    x: Tensor,
+    logits: Tensor,
+    c: Tensor,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    activation: str,
+    grads: list[Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """One tree's leaves backward, rows sorted by leaf. Fills `grads` of weight_in, bias_in, weight_out, bias_out.
+
+    Args:
+        grad_y: (N, H_out). x: (N, H). logits: (N, w). c: (N, 1). weight_out: (m, w, H_out). bias_out: (m, H_out).
+        grads: (m, w, H), (m, w), (m, w, H_out), (m, H_out), None where unwanted.
+    Returns: gradients of the confidence (N,) and of the logits (N, w).
+    """
+    grad_in, grad_bias_in, grad_out, grad_bias_out = grads
+    hidden = ACTIVATIONS[activation](logits)
+    grad_hidden = rows.products(grad_y, weight_out.transpose(-1, -2))  # (N, w), before the confidence
+    grad_c = (hidden * grad_hidden).sum(1)
+    if bias_out is not None:
+        grad_c = grad_c + (grad_y * bias_out[rows.leaf]).sum(1)
+    grad_z = ACTIVATION_BACKWARDS[activation](c * grad_hidden, logits)
+    if grad_in is not None:
+        grad_in.copy_(rows.outer(grad_z, x))
+    if grad_bias_in is not None:
+        grad_bias_in.index_add_(0, rows.leaf, grad_z)
+    if grad_out is not None:
+        grad_out.copy_(rows.outer(c * hidden, grad_y))
+    if grad_bias_out is not None:
+        grad_bias_out.index_add_(0, rows.leaf, c * grad_y)
+    return grad_c, grad_z
 
 
 def leaf_traceable(

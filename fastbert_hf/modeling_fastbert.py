@@ -4,15 +4,11 @@
     input_ids (B, T) -> embeddings -> hidden (B, T, H) -> L layers -> final norm -> head -> logits
 
 The parts of a layer are in encoder_fastbert.py, those of the heads in heads_fastbert.py, the trees in fff_layer.py
-and leaf_layer.py.
-Sizes: B batch, T tokens, H hidden,
-V vocabulary. Source: arXiv 2311.10770.
+and leaf_layer.py, loading and saving in pretrained_fastbert.py, checks of the input in inputs_fastbert.py.
+Sizes: B batch, T tokens, H hidden, V vocabulary. Source: arXiv 2311.10770.
 """
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import (
     BaseModelOutput,
@@ -22,101 +18,16 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .checkpoint_fastbert import misfits
 from .configuration_fastbert import FastBertConfig
-from .encoder_fastbert import FastBertAttention, FastBertEmbeddings, FastBertLayer, sinusoidal_positions, visible_keys
-from .fff_layer import FastFeedForward
+from .encoder_fastbert import FastBertEmbeddings, FastBertLayer, visible_keys
 from .heads_fastbert import FastBertMLMHead, FastBertPooler, labelled_positions
-from .leaf_layer import LeafFeedForward
-
-
-class FastBertPreTrainedModel(PreTrainedModel):
-    config: FastBertConfig
-    base_model_prefix = "fastbert"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _no_split_modules = ["FastBertEmbeddings", "FastBertLayer"]
-    _can_record_outputs = {"hidden_states": FastBertLayer, "attentions": FastBertAttention}
-    _keys_to_ignore_on_load_unexpected = [r"self_attention\.norm_factor$"]  # a constant in the published layout
-    # tensors of the heads: absent from, or superfluous in, a checkpoint of another head
-    _head_prefixes = ("mlm_head.", "pooler.", "classifier.", "qa_outputs.")
-
-    def __init__(self, config: FastBertConfig, *args, **kwargs):
-        config.validate_ranges()  # again: values may have been assigned since the configuration was made
-        config.validate_combinations()
-        super().__init__(config, *args, **kwargs)
-
-    def post_init(self):
-        super().post_init()  # which adds what the encoder inside may ignore: a head's own tensors among it
-        self._keys_to_ignore_on_load_unexpected = set(type(self)._keys_to_ignore_on_load_unexpected)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if isinstance(module, FastFeedForward):
-            init.normal_(module.weight_in, std=self.config.initializer_range)
-            init.normal_(module.weight_out, std=self.config.initializer_range)
-            if module.bias_in is not None:
-                init.zeros_(module.bias_in)
-        elif isinstance(module, LeafFeedForward):
-            init.normal_(module.router, std=module.router_std)
-            init.normal_(module.weight_in, std=self.config.initializer_range)
-            init.normal_(module.weight_out, std=self.config.initializer_range)
-            for bias in (module.threshold, module.bias_in, module.bias_out):
-                if bias is not None:
-                    init.zeros_(bias)
-        elif isinstance(module, FastBertEmbeddings) and module.sinusoidal:
-            init.constant_(module.position_scale, module.hidden_size**-0.5)
-            init.copy_(module.positions, sinusoidal_positions(module.max_positions, module.hidden_size))
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in PreTrainedModel, but a checkpoint that lacks encoder tensors, or holds unknown ones, is an error.
-
-        Tensors of a head may be absent where the checkpoint is of another class (a new head is initialised) and
-        superfluous where this class has no such head. Callers who pass `output_loading_info` or `key_mapping` judge
-        for themselves.
-
-        Raises:
-            ValueError: missing or unexpected tensors, by name; tensors of another shape, unless
-                `ignore_mismatched_sizes` asks for new ones in their place.
-        """
-        if kwargs.get("output_loading_info") or kwargs.get("key_mapping"):
-            return cls._from_safetensors(pretrained_model_name_or_path, *args, **kwargs)
-        replace_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = cls._from_safetensors(
-            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
-        problems = misfits(model, info, cls._head_prefixes, replace_mismatched)
-        if problems:
-            raise ValueError(
-                f"the tensors in {pretrained_model_name_or_path} do not fit its configuration: {'; '.join(problems)}"
-            )
-        return model
-
-    @classmethod
-    def _from_safetensors(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """PreTrainedModel's from_pretrained, but pickled weights, which can run code when opened, are never read."""
-        reason = "FastBERT reads safetensors only: a pickle (pytorch_model.bin) can run code when it is opened"
-        if kwargs.get("use_safetensors") is False:
-            raise ValueError(f"use_safetensors is False; expected None or True. {reason}")
-        kwargs["use_safetensors"] = True
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except OSError as error:
-            if "no file named" not in str(error) and "be loaded with `safetensors`" not in str(error):
-                raise
-            raise OSError(f"{pretrained_model_name_or_path} holds no model.safetensors. {reason}") from error
-
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
-        """As in PreTrainedModel; always the native layout, whatever layout the weights were loaded from."""
-        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+from .inputs_fastbert import check_mask, check_sequence_labels, check_shape, class_loss
+from .pretrained_fastbert import FastBertPreTrainedModel
 
 
 class FastBertModel(FastBertPreTrainedModel):
@@ -152,7 +63,7 @@ class FastBertModel(FastBertPreTrainedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         """Encode a batch.
 
@@ -165,17 +76,12 @@ class FastBertModel(FastBertPreTrainedModel):
             output_hidden_states, output_attentions, return_dict: as everywhere in Transformers.
         Returns: last_hidden_state (B, T, H) and what was asked for.
         Raises:
-            ValueError: not exactly one of input_ids and inputs_embeds; more tokens than positions.
+            ValueError: not exactly one of input_ids and inputs_embeds; a shape other than these; more tokens than
+                positions; on a CPU, an id beyond its table.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("expected exactly one of input_ids and inputs_embeds")
         hidden = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         if attention_mask is not None and attention_mask.dim() < 4:
-            if attention_mask.dim() < 2 or attention_mask.shape[-1] != hidden.shape[1]:
-                raise ValueError(
-                    f"attention_mask is {tuple(attention_mask.shape)}; expected (B, T) or (B, T, T) with T = "
-                    f"{hidden.shape[1]}"
-                )
+            check_mask(attention_mask, *hidden.shape[:2])
             attention_mask = visible_keys(attention_mask)
         if attention_mask is not None and attention_mask.dim() == 3:
             attention_mask = attention_mask.unsqueeze(1)  # (B, T, T) -> (B, 1, T, T)
@@ -196,6 +102,7 @@ class FastBertForMaskedLM(FastBertPreTrainedModel):
         super().__init__(config)
         self.fastbert = FastBertModel(config)
         self.mlm_head = FastBertMLMHead(config)
+        self.fastbert.embeddings.tied_by = self.mlm_head.tied_by = config
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -213,7 +120,7 @@ class FastBertForMaskedLM(FastBertPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         """Predict tokens. Arguments as in `FastBertModel.forward`, and labels (B, T), -100 where there is none.
 
@@ -225,14 +132,23 @@ class FastBertForMaskedLM(FastBertPreTrainedModel):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
         )
         hidden = outputs.last_hidden_state
+        if labels is not None:
+            check_shape("labels", labels, hidden.shape[:2], meaning="(B, T)")
+        targets = labels
         if labels is not None and self.training and self.config.sparse_prediction > 0:
-            labels = labels.reshape(-1).to(hidden.device)
-            selected = labelled_positions(labels, self.config.sparse_prediction)
-            hidden, labels = hidden.flatten(0, 1)[selected], labels[selected]  # (B, T, H) -> (labelled, H)
+            targets = labels.reshape(-1).to(hidden.device)
+            selected = labelled_positions(targets, self.config.sparse_prediction)
+            hidden, targets = hidden.flatten(0, 1)[selected], targets[selected]  # (B, T, H) -> (labelled, H)
         logits = self.mlm_head(hidden)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            size = self.config.vocab_size
+            loss = class_loss(
+                lambda: self.loss_function(logits=logits, labels=targets, vocab_size=size, **kwargs),
+                labels,
+                size,
+                "vocab_size",
+            )
         return MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
@@ -257,7 +173,7 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput:
         """Classify. Arguments as in `FastBertModel.forward`, and labels: (B,) classes, (B,) or (B, 1) float targets
         when num_labels is 1 (mean squared error), or (B, num_labels) float (binary cross-entropy).
@@ -270,7 +186,14 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         logits = self.classifier(self.pooler(outputs.last_hidden_state, attention_mask))
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+            config = self.config
+            check_sequence_labels(labels, logits.shape[0], config.num_labels, config.problem_type)
+            loss = class_loss(
+                lambda: self.loss_function(labels=labels, pooled_logits=logits, config=config),
+                labels,
+                config.num_labels,
+                "num_labels",
+            )
         return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
@@ -293,7 +216,7 @@ class FastBertForTokenClassification(FastBertPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
         """Classify tokens. Arguments as in `FastBertModel.forward`, and labels (B, T), -100 where there is none.
 
@@ -305,7 +228,13 @@ class FastBertForTokenClassification(FastBertPreTrainedModel):
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config, **kwargs)
+            check_shape("labels", labels, logits.shape[:2], meaning="(B, T)")
+            loss = class_loss(
+                lambda: self.loss_function(logits, labels, self.config, **kwargs),
+                labels,
+                self.config.num_labels,
+                "num_labels",
+            )
         return TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
@@ -330,7 +259,7 @@ class FastBertForQuestionAnswering(FastBertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> QuestionAnsweringModelOutput:
         """Find a span. Arguments as in `FastBertModel.forward`, and start_positions, end_positions (B,).
 
@@ -345,6 +274,9 @@ class FastBertForQuestionAnswering(FastBertPreTrainedModel):
         start_logits, end_logits = start_logits.contiguous(), end_logits.contiguous()
         loss = None
         if start_positions is not None and end_positions is not None:
+            rows = start_logits.shape[0]
+            check_shape("start_positions", start_positions, (rows,), (rows, 1), meaning="(B,) or (B, 1)")
+            check_shape("end_positions", end_positions, (rows,), (rows, 1), meaning="(B,) or (B, 1)")
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
         return QuestionAnsweringModelOutput(loss, start_logits, end_logits, outputs.hidden_states, outputs.attentions)
 
@@ -370,7 +302,7 @@ class FastBertForMultipleChoice(FastBertPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MultipleChoiceModelOutput:
         """Choose. Every input has a choice dimension after the batch, (B, choices, T); labels (B,).
 
@@ -390,7 +322,11 @@ class FastBertForMultipleChoice(FastBertPreTrainedModel):
         )
         logits = self.classifier(self.pooler(outputs.last_hidden_state, attention_mask))  # (B * choices, 1)
         logits = logits.view(-1, num_choices)
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        loss = None
+        if labels is not None:
+            check_shape("labels", labels, logits.shape[:1], meaning="(B,)")
+            cross_entropy = nn.functional.cross_entropy
+            loss = class_loss(lambda: cross_entropy(logits, labels), labels, num_choices, "the number of choices")
         return MultipleChoiceModelOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 PROGRAM = """
 import sys
 import torch
-from fastbert_hf import use_backend
+from fastbert_hf import LeafFeedForward, use_backend
 from fastbert_hf.benchmarks import forms, layer
 
 form, tokens = sys.argv[1], int(sys.argv[2])
 ffn = layer.make_layer()
 weights = [p.detach() for p in (ffn.weight_in, ffn.bias_in, ffn.weight_out)]
+if form.startswith("leaf trees, "):
+    form, ffn = form.removeprefix("leaf trees, "), LeafFeedForward(layer.WIDTH, layer.WIDTH, 5, 192)
 if form not in ("dense", "dense-and-mask"):
     use_backend(form)
 calls = {
@@ -48,7 +50,7 @@ class MemoryRow:
 def memory_rows(tokens: int = 16384) -> list[MemoryRow]:
     """Measure every form that runs here; empty where the system does not tell (it takes Linux)."""
     rows = []
-    for form in ("native", "reference", "dense", "dense-and-mask"):
+    for form in ("native", "reference", "leaf trees, native", "leaf trees, reference", "dense", "dense-and-mask"):
         command = [sys.executable, "-c", PROGRAM, form, str(tokens)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode == 0:

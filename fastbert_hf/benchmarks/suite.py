@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForMaskedLM
 
-from fastbert_hf.benchmarks import gpu, layer, models
+from fastbert_hf.benchmarks import gpu, layer, leaves, models
 from fastbert_hf.benchmarks.headline import format_headline
 from fastbert_hf.benchmarks.memory import MemoryRow, format_memory, memory_rows
 from fastbert_hf.benchmarks.plots import plot_speedup_against_depth, plot_time_per_token
@@ -169,6 +169,41 @@ def alternatives_section(options: Options, ceilings: dict) -> Iterator[list[Row]
         yield models.alternatives_rows(8, 128, max(options.threads))
 
 
+def leaves_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
+    for threads in options.threads:
+        for hidden in (384, 768):
+            for tokens in (1, 128) if options.quick else (1, 128, 2048, 16384):
+                yield leaves.forward_rows(hidden, tokens, threads, ceilings[threads], rounds=options.rounds)
+
+
+def leaves_bfloat16_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
+    for threads in options.threads:
+        for tokens in (128,) if options.quick else (1, 128, 2048):
+            for dtype in (torch.float32, torch.bfloat16):
+                yield leaves.forward_rows(
+                    768,
+                    tokens,
+                    threads,
+                    ceilings[threads],
+                    dtype=dtype,
+                    section="leaf trees, bfloat16",
+                    rounds=options.rounds,
+                    compile_dense=False,
+                )
+
+
+def leaves_training_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
+    for threads in options.threads:
+        for tokens in (1024,) if options.quick else (128, 4096):
+            yield leaves.training_rows(768, tokens, threads, rounds=3 if options.quick else 5)
+
+
+def leaves_models_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
+    for threads in options.threads:
+        for batch, tokens in ((1, 128),) if options.quick else ((1, 16), (1, 128), (32, 64)):
+            yield leaves.encoder_rows(batch, tokens, threads, rounds=3 if options.quick else 7)
+
+
 SECTIONS: dict[str, Callable[[Options, dict], Iterator[list[Row]]]] = {
     "forward": forward_section,
     "bfloat16": bfloat16_section,
@@ -180,6 +215,10 @@ SECTIONS: dict[str, Callable[[Options, dict], Iterator[list[Row]]]] = {
     "model-training": model_training_section,
     "fine-tuning": finetuning_section,
     "alternatives": alternatives_section,
+    "leaves": leaves_section,
+    "leaves-bfloat16": leaves_bfloat16_section,
+    "leaves-training": leaves_training_section,
+    "leaves-models": leaves_models_section,
     "gpu": lambda options, ceilings: gpu.gpu_rows() if torch.cuda.is_available() else iter(()),
     "memory": lambda options, ceilings: iter(()),  # not times: see `run`
     "routing": lambda options, ceilings: iter(()),  # likewise

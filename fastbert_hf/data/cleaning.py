@@ -3,6 +3,8 @@
 import re
 import unicodedata
 
+from fastbert_hf.data.pieces import single_spaces
+
 MIN_CHARACTERS = 200
 MIN_LETTER_SHARE = 0.65  # letters and spaces among all characters; tables, code and digits have less
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028\u2029\ufeff]")
@@ -34,7 +36,7 @@ def clean_document(document: str) -> str | None:
         The text in Unicode's composed form, without control characters, spaces single; None if less than
         `MIN_CHARACTERS` are left or under `MIN_LETTER_SHARE` of them are letters or spaces.
     """
-    text = " ".join(_CONTROL.sub(" ", unicodedata.normalize("NFC", document)).split())
+    text = single_spaces(_CONTROL.sub(" ", unicodedata.normalize("NFC", document)))
     if len(text) < MIN_CHARACTERS:
         return None
     letters = sum(character.isalpha() or character == " " for character in text)

@@ -4,6 +4,8 @@ import hashlib
 import sqlite3
 from pathlib import Path
 
+from fastbert_hf.data.pieces import single_spaces
+
 CACHE_KIBIBYTES = 64 * 1024
 
 
@@ -35,7 +37,7 @@ class SeenDocuments:
         Raises:
             ValueError: the disk is full.
         """
-        text = " ".join(document.casefold().split())
+        text = single_spaces(document.casefold())
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         try:
             return self.database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 1

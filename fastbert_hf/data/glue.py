@@ -121,6 +121,10 @@ class TaskData:
     validations: dict[str, Split]
     tests: dict[str, Split] = field(default_factory=dict)
 
+    def suffix(self, name: str) -> str:
+        """What follows a metric's name in the summary for one of the validation splits."""
+        return f"_{name}" if len(self.validations) > 1 else ""
+
     def limited(self, train: int | None, validation: int | None, test: int | None) -> "TaskData":
         """The first rows of each split; None leaves a split whole.
 

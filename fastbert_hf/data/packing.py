@@ -7,10 +7,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from fastbert_hf.data.pieces import Cut, cut_for, pieces
+
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-DOCUMENTS_PER_CALL = 1000  # bounds memory and lets the tokenizer work on several at once
+PIECES_PER_CALL = 1000  # bounds memory and lets the tokenizer work on several at once
 CHARACTERS_PER_CALL = 2_000_000  # the same for long documents: a token takes over 100 bytes until its id is read
 SEQUENCES_AT_ONCE = 1024
 
@@ -52,6 +55,8 @@ def tokenize(
 ) -> Iterator[np.ndarray]:
     """Tokenize documents in order, each followed by the separator; on all cores if TOKENIZERS_PARALLELISM allows it.
 
+    Long documents are tokenized in pieces, cut at white space where that changes no token (`pieces`).
+
     Args:
         documents: text.
         tokenizer: a fast tokenizer with a separator token.
@@ -59,28 +64,53 @@ def tokenize(
         name: what the text is, for the bar.
 
     Yields:
-        (n,) int32 arrays, one a document.
+        (n,) int32 arrays, one a document, or several in order for a long one.
     """
     from tqdm.auto import tqdm
 
     documents = iter(tqdm(documents, desc=f"tokenizing {name}", unit=" documents", disable=not progress))
-    while chunk := _chunk(documents):
-        # The library underneath: no masks, types and offsets that nobody reads, and long documents are no mistake.
-        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(chunk, add_special_tokens=False):
-            if encoding.ids:
-                yield np.asarray([*encoding.ids, tokenizer.sep_token_id], dtype=np.int32)
+    # The library underneath: no masks, types and offsets that nobody reads, and long documents are no mistake.
+    backend = _without_limits(tokenizer.backend_tokenizer)
+    has_tokens = False  # whether the document that a piece belongs to has any so far
+    for chunk in _chunks(documents, cut_for(backend)):
+        encodings = backend.encode_batch_fast([text for text, _ in chunk], add_special_tokens=False)
+        for encoding, (_, is_last) in zip(encodings, chunk):
+            ids = encoding.ids
+            has_tokens = has_tokens or bool(ids)
+            if is_last and has_tokens:
+                ids.append(tokenizer.sep_token_id)
+                has_tokens = False
+            if ids:
+                yield np.asarray(ids, dtype=np.int32)
 
 
-def _chunk(documents: Iterator[str]) -> list[str]:
-    """The next documents, as many as are tokenized at once."""
-    chunk: list[str] = []
+def _without_limits(backend: "Tokenizer") -> "Tokenizer":
+    """The tokenizer, or a copy that does not cut or pad where it was saved with a length."""
+    if backend.truncation is None and backend.padding is None:
+        return backend
+    backend = type(backend).from_str(backend.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _chunks(documents: Iterator[str], cut: Cut) -> Iterator[list[tuple[str, bool]]]:
+    """As many pieces as are tokenized at once, each with whether it is the last of its document."""
+    chunk: list[tuple[str, bool]] = []
     characters = 0
     for document in documents:
-        chunk.append(document)
-        characters += len(document)
-        if characters >= CHARACTERS_PER_CALL or len(chunk) == DOCUMENTS_PER_CALL:
-            break
-    return chunk
+        parts = pieces(document, cut)
+        part = next(parts)
+        while part is not None:
+            following = next(parts, None)
+            chunk.append((part, following is None))
+            characters += len(part)
+            part = following
+            if characters >= CHARACTERS_PER_CALL or len(chunk) == PIECES_PER_CALL:
+                yield chunk
+                chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 class Packer:

@@ -1,12 +1,15 @@
 """Training, saving and loading WordPiece tokenizers with BERT's normalisation."""
 
+import hashlib
+import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastbert_hf.data.atomic import staged_folder
+from fastbert_hf.data.pieces import pieces
+from fastbert_hf.files import staged_folder
 
 if TYPE_CHECKING:
     from tokenizers.normalizers import Normalizer
@@ -77,7 +80,7 @@ def _learn_vocabulary(
     """Learn word pieces, the same in every run: token -> id."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    documents = documents if isinstance(documents, Sequence) else list(documents)  # read twice below
+    documents = [piece for document in documents for piece in pieces(document)]  # read twice below
     # Every character costs up to two entries: rare ones must not eat a small vocabulary.
     alphabet = _alphabet(documents, normalizer, limit=min(1000, max(64, vocab_size // 16)))
     if not alphabet:
@@ -127,6 +130,17 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: str | Path) -> 
     """
     with staged_folder(folder, last="tokenizer_config.json") as stage:
         tokenizer.save_pretrained(stage)
+
+
+def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """SHA-256, in hexadecimal, of everything that decides which ids a text gets, wherever the tokenizer came from."""
+    if tokenizer.is_fast:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        content |= {"truncation": None, "padding": None}  # of the last call
+    else:
+        content = tokenizer.get_vocab()
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return hashlib.sha256(json.dumps([content, special], sort_keys=True).encode()).hexdigest()
 
 
 def load_tokenizer(name_or_path: str | Path, needs_mask: bool = False, **hub) -> "PreTrainedTokenizerBase":

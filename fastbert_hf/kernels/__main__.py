@@ -1,5 +1,7 @@
 """Print which backends of each op run on this machine and how, and why the others do not."""
 
+from itertools import takewhile
+
 import torch
 
 from fastbert_hf.backends_fastbert import BACKEND_VARIABLE, BACKENDS
@@ -14,6 +16,16 @@ def state(backend) -> str:
     return f"available: {backend.describe()}" if hasattr(backend, "describe") else "available"
 
 
+def choice(call: tuple) -> str:
+    """The backend that takes a call of the op fff, and why those that are preferred and available decline it."""
+    taken, reasons = select_backend(*call).name, []
+    for backend in takewhile(lambda backend: backend.name != taken, BACKENDS["fff"].values()):
+        reason = None if backend.unavailable() else backend.supports(*call)
+        if reason is not None:
+            reasons.append(f"{backend.name}: {reason}")
+    return f"{taken} ({'; '.join(reasons)})" if reasons else taken
+
+
 def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CUDA: {torch.cuda.is_available()}")
     for op, backends in BACKENDS.items():
@@ -25,7 +37,7 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             x = torch.zeros(1, 8, device=device, dtype=dtype)
             weight = torch.zeros(7, 8, device=device, dtype=dtype)
-            print(f"  {device} {str(dtype)[6:]}: {select_backend(x, weight, weight, 1, 2, 'gelu').name}")
+            print(f"  {device} {str(dtype)[6:]}: {choice((x, weight, weight, 1, 2, 'gelu'))}")
     print(f"choose with fastbert_hf.use_backend(name) or {BACKEND_VARIABLE}=name")
 
 

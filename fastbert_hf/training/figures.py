@@ -21,6 +21,13 @@ def _new_figure(width: float, height: float):
     return figure, figure.subplots()
 
 
+def _colormap(name: str, missing: str):
+    """A colour map in which values that are not numbers have a colour of their own."""
+    from matplotlib import colormaps
+
+    return colormaps[name].with_extremes(bad=missing)
+
+
 def plot_confusion(path: Path, labels: Sequence[str], references: np.ndarray, predictions: np.ndarray) -> None:
     """Draw how often each class was taken for each other.
 
@@ -73,12 +80,17 @@ def plot_learning_curve(path: Path, history: Sequence[dict[str, Any]]) -> None:
 
 
 def plot_tree_usage(path: Path, usage: Sequence[dict[str, Any]]) -> None:
-    """Draw which share of each level's nodes was visited, layer by layer, with leaf entropy and dead nodes beside it.
+    """Draw how a model uses its trees, layer by layer, with leaf entropy and what is dead beside it.
+
+    Of the published form, the share of each level's nodes that was visited. Of leaf trees, the tokens of each leaf.
 
     Args:
         path: the PNG.
         usage: what `tree_usage` returns.
     """
+    if all("leaf_shares" in layer for layer in usage):
+        _plot_leaf_usage(path, usage)
+        return
     shares = np.array([layer["used_share"] for layer in usage])  # (L, D+1)
     drawing = _new_figure(2.5 + 0.5 * shares.shape[1], 1.6 + 0.35 * len(shares))
     if drawing is None:
@@ -94,6 +106,29 @@ def plot_tree_usage(path: Path, usage: Sequence[dict[str, Any]]) -> None:
     axes.set(xlabel="level of the tree", ylabel="layer: leaf entropy, dead nodes", xticks=range(shares.shape[1]))
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
     figure.colorbar(image, label="nodes visited")
+    figure.savefig(path, dpi=120)
+
+
+def _plot_leaf_usage(path: Path, usage: Sequence[dict[str, Any]]) -> None:
+    """The tokens of each leaf over those of a leaf of a balanced tree, from 1/8 to 8 on a logarithmic scale."""
+    layers = [np.array(layer["leaf_shares"]) for layer in usage]  # (P, m)
+    shares = np.stack([layer.reshape(-1) * layer.shape[1] for layer in layers])  # (L, P*m)
+    drawing = _new_figure(3.5 + min(10.0, max(4.0, 0.05 * shares.shape[1])), 1.6 + 0.35 * len(shares))
+    if drawing is None:
+        return
+    figure, axes = drawing
+    colors = _colormap("viridis", "red")
+    with np.errstate(divide="ignore"):
+        logs = np.where(shares > 0, np.log2(shares).clip(-3, 3), np.nan)  # a dead leaf is drawn as missing: red
+    image = axes.imshow(logs, cmap=colors, vmin=-3, vmax=3, aspect="auto", interpolation="nearest")
+    labels = [
+        f"{row}: {layer['leaf_entropy']:.1f} bits, {len(layer['dead_leaves'])} dead"
+        for row, layer in enumerate(usage)
+    ]
+    axes.set(xlabel="leaf, tree after tree (red: no token)", ylabel="layer: leaf entropy, dead leaves")
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    bar = figure.colorbar(image, label="tokens over an equal share", ticks=range(-3, 4))
+    bar.set_ticklabels(["1/8 or less", "1/4", "1/2", "1", "2", "4", "8 or more"])
     figure.savefig(path, dpi=120)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import HfApi
 from transformers.dynamic_module_utils import custom_object_save
 
-from fastbert_hf.data.atomic import write_text
+from fastbert_hf.files import write_text
 from fastbert_hf.hub.access import check_write_access
 from fastbert_hf.hub.card import RECIPE, render_card
 from fastbert_hf.hub.push import PushOptions, push
@@ -85,7 +85,7 @@ def write_recipe(args: "TrainingArguments", **options: Any) -> None:
 
     Args:
         args: optimisation.
-        **options: what else belongs to the recipe.
+        **options: what else belongs to the recipe; None removes an entry.
     """
     values = args.to_dict()
     recipe = {name: getattr(args, name) if name == "world_size" else values[name] for name in RECORDED}
@@ -94,7 +94,8 @@ def write_recipe(args: "TrainingArguments", **options: Any) -> None:
             del recipe[name]
     if "max_steps" in recipe:
         del recipe["num_train_epochs"]  # overruled
-    write_text(Path(args.output_dir) / RECIPE, json.dumps({**recipe, **options}, indent=2) + "\n")
+    recipe = {name: value for name, value in {**recipe, **options}.items() if options.get(name, value) is not None}
+    write_text(Path(args.output_dir) / RECIPE, json.dumps(recipe, indent=2) + "\n")
 
 
 def write_card(trainer: "Trainer") -> None:

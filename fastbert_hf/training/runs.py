@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerState
 
-from fastbert_hf.data.atomic import check_output_folder, staged_folder, write_text
 from fastbert_hf.data.packing import check_seq_length
+from fastbert_hf.files import check_output_folder, staged_folder, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments
@@ -77,6 +77,12 @@ def train(trainer: "Trainer", checkpoint: str | None) -> dict[str, Any]:
         before = clock.get("args", {}).get("before", 0.0)
         if 0 < trainer.args.max_steps <= state.global_step:
             # Resumed at its last step, the Trainer would take one step more.
+            if trainer.args.load_best_model_at_end and state.best_global_step:
+                checkpoint = str(Path(checkpoint).with_name(f"checkpoint-{state.best_global_step}"))
+                if not Path(checkpoint).is_dir():
+                    raise ValueError(
+                        f"the run's best checkpoint {checkpoint!r} is gone; --overwrite_output_dir repeats it"
+                    )
             if hasattr(trainer.model, "load_adapter"):  # a checkpoint of LoRA holds adapters only
                 trainer._load_from_checkpoint(checkpoint)
             else:

@@ -17,6 +17,7 @@ from tests.clients.helpers import random_batch, tiny_model
 
 SHAPES = ((3, 8), (5, 12), (2, 16))  # the first is compiled as it is, the second for any shape, the third by neither
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+SPARSE = {**NO_DROPOUT, "num_hidden_layers": 1, "sparse_prediction": 0.25}
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 NEEDS_INDUCTOR = [pytest.mark.slow, pytest.mark.skipif(not COMPILER, reason="inductor needs a C++ compiler")]
 INDUCTOR = pytest.param("inductor", marks=NEEDS_INDUCTOR)
@@ -79,8 +80,7 @@ def test_compiled_encoder_equals_eager_at_every_shape(backend):
     ],
 )
 def test_compiled_training_step_has_the_loss_and_gradients_of_eager(model_class, batch, backend):
-    model = tiny_model(model_class, **NO_DROPOUT, num_hidden_layers=1).train()
-    assert model.config.sparse_prediction > 0
+    model = tiny_model(model_class, **SPARSE).train()
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for shape in SHAPES:
@@ -93,7 +93,7 @@ def test_compiled_training_step_has_the_loss_and_gradients_of_eager(model_class,
 
 
 def test_compiled_sparse_prediction_keeps_its_quota_of_rows_and_refuses_more_labels():
-    model = tiny_model(FastBertForMaskedLM, **NO_DROPOUT, num_hidden_layers=1).train()
+    model = tiny_model(FastBertForMaskedLM, **SPARSE).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     inputs = masked_lm_batch(4, 8)
     outputs = compiled(**inputs)
@@ -103,8 +103,19 @@ def test_compiled_sparse_prediction_keeps_its_quota_of_rows_and_refuses_more_lab
         compiled(**inputs)
 
 
-def test_compiled_step_with_gradient_checkpointing_has_the_gradients_of_eager():
+def test_the_default_configuration_compiles_for_any_number_of_labels():
+    """The library's collator masks a random number of positions: no quota may stand in its way."""
     model = tiny_model(FastBertForMaskedLM, **NO_DROPOUT, num_hidden_layers=1).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    inputs = random_batch(4, 8)
+    for labelled in (0.25, 0.5, 1.0):
+        drawn = torch.rand(4, 8, generator=torch.Generator().manual_seed(0)) < labelled
+        labels = inputs["input_ids"].masked_fill(~drawn, -100)
+        torch.testing.assert_close(compiled(**inputs, labels=labels).loss, model(**inputs, labels=labels).loss)
+
+
+def test_compiled_step_with_gradient_checkpointing_has_the_gradients_of_eager():
+    model = tiny_model(FastBertForMaskedLM, **SPARSE).train()
     inputs = masked_lm_batch(3, 8)
     expected = gradients(model, model(**inputs).loss)
     model.gradient_checkpointing_enable()

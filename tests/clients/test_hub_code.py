@@ -37,6 +37,8 @@ BUNDLE = {
     "modeling_fastbert.py",
     "encoder_fastbert.py",
     "heads_fastbert.py",
+    "inputs_fastbert.py",
+    "pretrained_fastbert.py",
     "fff_layer.py",
     "fff_op.py",
     "fff_reference.py",

@@ -1,6 +1,7 @@
 """PEFT: LoRA on attention and on the trees' parameters, which belong to no nn.Linear."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -132,3 +133,37 @@ def test_task_type_keeps_the_new_classifier_with_the_adapter(tmp_path):
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     assert torch.equal(logits(again), logits(model))
+
+
+def untied(model: torch.nn.Module) -> torch.nn.Module:
+    """As the warning says."""
+    model.config.tie_word_embeddings = False
+    model.mlm_head.decoder.weight = torch.nn.Parameter(model.mlm_head.decoder.weight.detach().clone())
+    return model
+
+
+@pytest.mark.parametrize("name", ["decoder", "word_embeddings"])
+def test_an_adapter_at_one_end_of_the_tied_weight_is_warned_of_until_it_is_untied(name, tmp_path):
+    random = {"target_modules": [name], "init_lora_weights": False}
+    with pytest.warns(UserWarning, match=f"the weight of {name} is tied and an adapter was put on it"):
+        model = adapted(tiny_model(FastBertForMaskedLM), random).eval()
+    expected = logits(model)
+    assert (logits(model.merge_and_unload()) - expected).abs().max() > 0.1, "what the warning warns of"
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the weight of")
+        model = adapted(untied(tiny_model(FastBertForMaskedLM)), random).eval()
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(FastBertForMaskedLM.from_pretrained(tmp_path).eval()), logits(merged))
+
+
+def test_other_adapters_are_not_warned_of():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the weight of")
+        adapted(tiny_model(FastBertForMaskedLM), {"target_modules": "all-linear"})
+        adapted(tiny_model(FastBertForSequenceClassification), {"target_modules": ["word_embeddings"]})
+        tokens = peft.TrainableTokensConfig(token_indices=[1], target_modules=["word_embeddings"])
+        peft.get_peft_model(tiny_model(FastBertForMaskedLM), tokens)

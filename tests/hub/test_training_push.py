@@ -108,3 +108,22 @@ def test_a_failing_push_keeps_the_trained_model(client, hub, repo, pretraining, 
     answer = client.script("push_to_hub", tmp_path / "run", repo)
     assert answer.code == 0, answer.err
     check_repository(hub, repo)
+
+
+def test_a_push_that_is_asked_for_later_sends_what_was_trained(client, hub, repo, folder, data, tmp_path):
+    command = [
+        *("--model_name_or_path", folder, "--train_file", data / "train.jsonl", "--do_train", "--do_eval"),
+        *("--validation_file", data / "validation.jsonl", "--max_seq_length", 16, "--num_train_epochs", 1),
+        *("--use_cpu", "--disable_tqdm", 1, "--report_to", "none", "--output_dir", tmp_path / "run"),
+    ]
+    assert client.script("run_glue", *command).code == 0
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    pushing = ["--push_to_hub", "--hub_model_id", repo, "--hub_strategy", "end"]
+    answer = client.script("run_glue", *command, *pushing)
+    assert answer.code == 0, answer.err
+    files, _ = check_repository(hub, repo)
+    assert files["model.safetensors"].content == weights == (tmp_path / "run" / "model.safetensors").read_bytes()
+    commits = len(hub.repositories[repo].commits)
+    answer = client.script("run_glue", *command, *pushing)
+    assert answer.code == 0 and "finished before" in answer.out
+    assert len(hub.repositories[repo].commits) == commits

@@ -42,9 +42,15 @@ def test_a_new_head_is_made_on_another_head_s_checkpoint(tmp_path):
         assert cls.from_pretrained(tmp_path).classifier.weight.isfinite().all()
 
 
-@pytest.mark.parametrize("mask", [torch.ones(2, 5), torch.ones(8), torch.ones(2, 8, 5)], ids=lambda m: str(m.shape))
-def test_masks_of_another_length_raise(mask):
-    with pytest.raises(ValueError, match=r"attention_mask is \(.*expected \(B, T\) or \(B, T, T\) with T = 8"):
+@pytest.mark.parametrize(
+    "mask",
+    [torch.ones(2, 5), torch.ones(8), torch.ones(2, 8, 5), torch.ones(5, 8), torch.ones(1, 8)],
+    ids=lambda m: str(m.shape),
+)
+def test_masks_of_another_shape_raise(mask):
+    with pytest.raises(
+        ValueError, match=r"attention_mask of shape \(.*expected \(B, T\) or \(B, T, T\) with B = 2 and T = 8"
+    ):
         build()(torch.ones(2, 8).long(), attention_mask=mask)
 
 

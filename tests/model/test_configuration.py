@@ -1,8 +1,14 @@
 """FastBertConfig: defaults, strictness, round trips."""
 
-import pytest
+import json
 
-from fastbert_hf import FastBertConfig, FastBertModel
+import numpy
+import pytest
+from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
+
+from fastbert_hf import FastBertConfig, FastBertForMaskedLM, FastBertModel
 
 
 def test_defaults_are_the_published_model():
@@ -76,3 +82,90 @@ def test_the_backend_is_never_stored(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTBERT_BACKEND", "reference")
     FastBertConfig().save_pretrained(tmp_path)
     assert "backend" not in (tmp_path / "config.json").read_text()
+
+
+def edit(folder, **entries):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def loaded_with_warnings(folder):
+    with CaptureLogger(logging.get_logger("fastbert_hf.configuration_fastbert")) as captured:
+        config = AutoConfig.from_pretrained(folder)
+    return config, captured.out
+
+
+def test_sparse_prediction_is_off_unless_asked_for_and_always_stored(tmp_path):
+    """Stored, it keeps its meaning whatever the default is: a file that holds 0.25 by an older default means 0.25."""
+    assert FastBertConfig().sparse_prediction == 0
+    for share in (FastBertConfig().sparse_prediction, 0.25):
+        FastBertConfig(sparse_prediction=share).save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["sparse_prediction"] == share
+        assert FastBertConfig.from_pretrained(tmp_path).sparse_prediction == share
+
+
+@pytest.mark.parametrize(
+    ("key", "field"),
+    [
+        ("ffn_depth", "fff_depth"),
+        ("fff_tree", "fff_trees"),
+        ("hidden_sizes", "hidden_size"),
+        ("num_hidden_layer", "num_hidden_layers"),
+        ("layer_norm_epsilon", "layer_norm_eps"),
+        ("tie_word_embedding", "tie_word_embeddings"),
+    ],
+)
+def test_misspelt_keys_are_refused_where_typed_and_warned_of_where_stored(tmp_path, key, field):
+    message = f"has no field '{key}'; did you mean '{field}'"
+    with pytest.raises(ValueError, match=message):
+        FastBertConfig(**{key: 3})
+    with pytest.raises(ValueError, match=message):
+        AutoConfig.for_model("fastbert", **{key: 3})
+    FastBertConfig().save_pretrained(tmp_path)
+    for load in (FastBertConfig.from_pretrained, AutoConfig.from_pretrained, AutoModelForMaskedLM.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path, **{key: 3})
+    edit(tmp_path, **{key: 3})
+    config, warnings = loaded_with_warnings(tmp_path)
+    assert message in warnings
+    assert getattr(config, key) == 3  # a later version may know it: it survives saving
+    type(config)(**config.to_dict())  # as tools copy configurations
+
+
+def test_keys_of_others_are_kept_without_a_word(tmp_path):
+    others = {"sep_token_id": 3, "mask_token_id": 4, "is_decoder": False, "my_note": "x"}
+    FastBertConfig(**others, num_labels=3, attn_implementation="eager", torch_dtype="float32").save_pretrained(
+        tmp_path
+    )
+    config, warnings = loaded_with_warnings(tmp_path)
+    assert warnings == ""
+    assert {name: getattr(config, name) for name in others} == others and config.num_labels == 3
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    config = FastBertConfig(
+        hidden_size=numpy.int64(768),
+        fff_depth=numpy.int32(5),
+        hidden_dropout_prob=numpy.float32(0.5),
+        use_bias=numpy.bool_(True),
+        num_labels=numpy.int64(3),
+    )
+    config.fff_trees = numpy.int16(2)
+    config.my_note = numpy.float64(0.5)
+    assert (type(config.fff_depth), type(config.fff_trees), type(config.use_bias)) == (int, int, bool)
+    config.save_pretrained(tmp_path)
+    assert FastBertConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    with pytest.raises(ValueError, match="expected int, got float"):
+        FastBertConfig(fff_depth=numpy.float64(5))
+    with pytest.raises(ValueError, match="fff_depth is 25; expected between 0 and 24"):
+        FastBertConfig(fff_depth=numpy.int64(25))
+    with pytest.raises(ValueError, match="expected int, got ndarray"):
+        FastBertConfig(fff_depth=numpy.array([5]))
+
+
+def test_a_configuration_of_another_model_is_refused_by_its_type(tmp_path):
+    BertConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    message = "the configuration is of model_type 'bert'; expected 'fastbert' or 'crammedBERT'"
+    for cls in (FastBertConfig, FastBertForMaskedLM):
+        with pytest.raises(ValueError, match=message):
+            cls.from_pretrained(tmp_path)

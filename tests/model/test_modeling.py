@@ -1,5 +1,6 @@
 """The model and its heads."""
 
+import inspect
 import re
 
 import pytest
@@ -17,6 +18,8 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
 )
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 
 from fastbert_hf import FastBertConfig, FastBertForMaskedLM, FastBertForSequenceClassification, FastBertModel
 
@@ -132,7 +135,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(geometry):
 
 
 def test_sparse_prediction_gives_the_loss_of_full_prediction():
-    model = build(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, embedding_dropout_prob=0.0)
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "embedding_dropout_prob": 0.0}
+    model = build(sparse_prediction=0.25, **dropout)
     inputs = batch()
     labelled = int((inputs["labels"] != -100).sum())
     full = model(**inputs)
@@ -325,10 +329,19 @@ def test_checkpoints_with_missing_or_extra_tensors_are_refused(tmp_path):
 
 def test_a_classifier_of_another_size_is_replaced_only_on_request(tmp_path):
     build(AutoModelForSequenceClassification, num_labels=3).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"classifier.weight is \(3, 20\), expected \(5, 20\)"):
-        AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
+    # Transformers raises a RuntimeError where shapes differ, this project a ValueError for every wrong value
+    for kind in (ValueError, RuntimeError):
+        with pytest.raises(kind, match=r"classifier.weight is \(3, 20\), expected \(5, 20\)"):
+            AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
     assert model.classifier.weight.shape == (5, 20) and model.classifier.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("auto_class", HEADS)
+def test_keyword_arguments_of_forward_are_those_of_the_library(auto_class):
+    """Its tools read the annotation to learn what may be passed on."""
+    parameter = inspect.signature(build(auto_class).forward).parameters["kwargs"]
+    assert parameter.annotation == Unpack[TransformersKwargs]
 
 
 def test_multiple_choice_wants_a_choice_dimension():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from fastbert_hf import FastBertConfig, FastBertForMaskedLM, FastBertForSequenceClassification, FastBertModel
-from fastbert_hf.crammed import native_config
+from fastbert_hf.published_layout import native_config
 from tests.oracle import published_forward
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -97,6 +97,15 @@ def native_gradients(model, recorded):
         else:
             gradients[key] = value
     return gradients
+
+
+def test_sparse_prediction_of_a_published_checkpoint_is_kept_when_it_is_saved_again(tmp_path):
+    model, recorded = load("mlm-1x3")
+    model.save_pretrained(tmp_path)
+    again = FastBertForMaskedLM.from_pretrained(tmp_path).train()
+    assert model.config.sparse_prediction == again.config.sparse_prediction == 0.25
+    labelled = int((recorded["labels"] != -100).sum())
+    assert again(recorded["input_ids"], labels=recorded["labels"]).logits.shape[:-1] == (labelled,)
 
 
 @pytest.mark.parametrize("sparse", [True, False])

@@ -1,6 +1,7 @@
 """The command lines: the whole chain on little text, and one line for every mistake."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,10 +23,19 @@ from fastbert_hf.data.documentation import Document  # noqa: E402
 OUT = ["--output_dir", "OUT"]  # stands for a folder that does not exist yet
 
 
-def start(script, *arguments):
+def start(script, *arguments, **environment):
     """Run a script as a user does."""
     command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPTS.parent, timeout=300)
+    settings = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPTS.parent, timeout=300, env=settings)
+
+
+def noise_on_import(folder):
+    """Settings under which every process prints before its work, as torchao and bitsandbytes do where installed."""
+    folder.mkdir()
+    code = "import sys\nprint('a library speaks')\nprint('a warning\\nof two lines', file=sys.stderr)\n"
+    (folder / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}
 
 
 @pytest.mark.slow
@@ -82,12 +92,18 @@ def test_library_task_hides_the_answer_and_separates_files():
     ],
 )
 def test_a_mistake_is_one_line_and_a_failing_exit_code(tmp_path, script, arguments, message):
+    """The line is the last one and the only one of ours: what libraries print when they are imported is theirs."""
     out = tmp_path / "out"
-    result = start(script, *[str(out) if argument == "OUT" else argument for argument in arguments])
+    noise = noise_on_import(tmp_path / "noise")
+    result = start(script, *[str(out) if argument == "OUT" else argument for argument in arguments], **noise)
     assert result.returncode == 2
-    assert result.stdout == ""
-    (line,) = result.stderr.strip().splitlines()
+    *others, line = result.stderr.strip().splitlines()
     assert line.startswith("error: ") and message in line
+    assert others[:2] == ["a warning", "of two lines"]
+    ours = (str(SCRIPTS), str(SCRIPTS.parent / "fastbert_hf"))  # warnings and tracebacks name files
+    assert not any(text.startswith(("error: ", "usage: ", "Traceback")) for text in others)
+    assert not any(path in text for text in others for path in ours)
+    assert not [text for text in result.stdout.splitlines() if "fastbert" in text or "error" in text]
     assert not out.exists()
 
 

@@ -1,6 +1,8 @@
 """The `triton` backend of the FFF op: checks and buffers around the kernels."""
 
+import functools
 import os
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from fastbert_hf.fff_reference import check_arguments
 from fastbert_hf.kernels.triton.regimes import choose_regime
+from fastbert_hf.kernels.triton.verification import Verifications, compare, too_old
 
 ACTIVATION_NAMES = ("gelu", "gelu_tanh", "relu", "silu")  # by their codes in activations.py
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -19,18 +22,31 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+@functools.cache
+def _is_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def _allows_tf32() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 class TritonBackend:
     """Triton kernels for GPUs: float32, bfloat16 and float16, accumulated in float32.
 
     Forward and backward are deterministic. A row's result does not depend on what the other rows of the call hold;
     their number chooses between two orders of summation (regimes.py). Sums are float32. torch's TF32 setting holds
-    for products of many tokens that decide nothing; logits are never rounded.
+    for products that do not affect routing; logits are never rounded. On first use on a device, calls of each kind
+    are compared with the reference (verification.py).
     """
 
     name = "triton"
 
+    def __init__(self):
+        self._verifications = Verifications()
+
     def unavailable(self) -> str | None:
-        if find_spec("triton") is None:
+        if not _is_installed():
             return "the package triton is not installed"
         if not (interpreting() or torch.cuda.is_available()):
             return "there is no GPU that torch can use"
@@ -39,12 +55,11 @@ class TritonBackend:
     def supports(
         self, x: Tensor, weight_in: Tensor, weight_out: Tensor, trees: int, depth: int, activation: str
     ) -> str | None:
-        reason = self.unavailable()
-        if reason is not None:
-            return reason
         kind = "cpu" if interpreting() else "cuda"
-        if any(tensor.device.type != kind for tensor in (x, weight_in, weight_out)):
-            return f"it runs on {kind} tensors here, not on {x.device}"
+        if x.device.type != kind or weight_in.device.type != kind or weight_out.device.type != kind:
+            return self.unavailable() or f"it runs on {kind} tensors here, not on {x.device}"
+        if not _is_installed():
+            return self.unavailable()
         if x.dtype not in DTYPES:
             return f"it computes float32, bfloat16 and float16, not {x.dtype}"
         if max(x.shape[-1], weight_out.shape[-1]) > MAX_WIDTH:
@@ -53,27 +68,39 @@ class TritonBackend:
             return f"depth is {depth}; at most {MAX_DEPTH}"
         if x.layout is not torch.strided:
             return f"x has layout {x.layout}"
-        return None
+        if kind == "cpu" or x.dim() != 2 or weight_out.dim() != 2 or activation not in ACTIVATION_NAMES:
+            return None  # nothing to verify on an interpreter, or in a call whose arguments will be refused
+        return self._differs(x, weight_out, trees, depth, activation)
 
-    def infer(self, x, weight_in, bias_in, weight_out, trees, depth, activation) -> Tensor:
+    def _differs(self, x, weight_out, trees, depth, activation) -> str | None:
+        """Why this device must not run this kind of call, or None."""
+        reason = too_old(x.device)
+        if reason is not None or x.shape[0] == 0:
+            return reason
+        regime, tf32 = choose_regime(x.shape[0], depth), x.dtype == torch.float32 and _allows_tf32()
+        sizes = (x.shape[1], weight_out.shape[1], min(trees, 2), depth)
+        kind = (x.device, x.dtype, activation, sizes, regime, tf32)
+        return self._verifications.reason(kind, x.device, lambda: compare(self, *kind))
+
+    def infer(self, x, weight_in, bias_in, weight_out, trees, depth, activation, regime=None) -> Tensor:
         check_arguments(x, weight_in, bias_in, weight_out, trees, depth, activation)
-        return self._run(x, weight_in, bias_in, weight_out, trees, depth, activation, None, None)
+        return self._run(x, weight_in, bias_in, weight_out, trees, depth, activation, None, None, regime)
 
-    def forward(self, x, weight_in, bias_in, weight_out, trees, depth, activation):
+    def forward(self, x, weight_in, bias_in, weight_out, trees, depth, activation, regime=None):
         check_arguments(x, weight_in, bias_in, weight_out, trees, depth, activation)
         paths = (x.shape[0], trees, depth + 1)
         visited, logits = x.new_empty(paths, dtype=torch.int32), x.new_empty(paths, dtype=torch.float32)
-        y = self._run(x, weight_in, bias_in, weight_out, trees, depth, activation, visited, logits)
+        y = self._run(x, weight_in, bias_in, weight_out, trees, depth, activation, visited, logits, regime)
         return y, visited, logits
 
-    def _run(self, x, weight_in, bias_in, weight_out, trees, depth, activation, visited, logits) -> Tensor:
+    def _run(self, x, weight_in, bias_in, weight_out, trees, depth, activation, visited, logits, regime) -> Tensor:
         from .walk import walk_forward
 
         rows, width = x.shape
         out_width = weight_out.shape[1]
         if rows == 0:
             return x.new_empty(0, out_width)
-        if choose_regime(rows, depth) == "subtrees":
+        if (regime or choose_regime(rows, depth)) == "subtrees":
             return self._run_subtrees(x, weight_in, bias_in, weight_out, trees, depth, activation, visited, logits)
         y = x.new_empty(rows, out_width, dtype=_stored(x.dtype))
         with _device_of(x):
@@ -106,7 +133,7 @@ class TritonBackend:
         return y.to(x.dtype)
 
     def backward(
-        self, grad_y, x, weight_in, bias_in, weight_out, visited, logits, activation, output_mask
+        self, grad_y, x, weight_in, bias_in, weight_out, visited, logits, activation, output_mask, regime=None
     ) -> list[Tensor | None]:
         from .walk import walk_backward
 
@@ -115,7 +142,7 @@ class TritonBackend:
         inputs = (x, weight_in, bias_in, weight_out)
         if rows == 0:
             return [torch.zeros_like(t) if wanted else None for t, wanted in zip(inputs, output_mask)]
-        if choose_regime(rows, levels - 1) == "subtrees":
+        if (regime or choose_regime(rows, levels - 1)) == "subtrees":
             return self._backward_by_subtrees(grad_y, *inputs, visited, logits, activation, output_mask)
         want_x = output_mask[0]
         grad_y = grad_y.contiguous()
@@ -163,7 +190,7 @@ def _subtrees(x, weight_in, bias_in, weight_out, visited, logits, activation):
     from .subtrees import Subtrees
 
     tensors = [None if t is None else t.contiguous() for t in (x, weight_in, bias_in, weight_out, visited, logits)]
-    tf32 = x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = x.is_cuda and _allows_tf32()
     return Subtrees(*tensors, activation, tf32, widen=interpreting())
 
 
@@ -207,4 +234,4 @@ def _blocks(width: int, out_width: int) -> dict[str, int]:
 
 def _device_of(tensor: Tensor):
     """Kernels are launched on the current device: make it the tensors' own."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else torch.no_grad()
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -16,7 +16,7 @@ def choose_regime(rows: int, depth: int) -> str:
     serve; on paper 2.7 times the speed of dense at N = 16384, and 1.4 times with backward. Subtrees compute ten times
     the nodes on tensor cores but load each row of parameters once for a tile of 64 tokens; with few tokens most of a
     tile is padding, and a sort and small kernels come before. The threshold comes from these bytes and operations
-    (docs/log.md); no GPU has been asked yet.
+    (docs/log.md); it is not yet measured on a GPU.
 
     Args:
         rows: N.

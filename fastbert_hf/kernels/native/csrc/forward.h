@@ -48,7 +48,12 @@ static Status forward_few(const Shape& s, const ForwardTensors& tensors) {
     }
     activate(s.activation, logits, coefficients, visits);
     typename E::type* y = (typename E::type*)tensors.y + i * s.out_width;
-    const SumRows<E> sum = {rows, visits, &coefficients, nullptr, &y, true, true, false};
+    SumRows<E> sum = {};
+    sum.rows = rows;
+    sum.num_nodes = visits;
+    sum.coefficients = &coefficients;
+    sum.y = &y;
+    sum.first = sum.last = true;
     sum_rows<E, 1, kPairs1>(sum, 0, s.out_width);
   }
   return kDone;

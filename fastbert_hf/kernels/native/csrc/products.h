@@ -41,6 +41,7 @@ constexpr int64_t kProductBlock = 12;     // rows of b of one pass
 struct Pass {
   int64_t width, begin, end;
   bool first, last;
+  const char* b_end;  // of all rows of b
 };
 
 template <class E, int T, int L>
@@ -129,6 +130,16 @@ static void product_rows(const float* const* a, int rows, const typename E::type
   product_tile<E, 1, L>(a, b, pass, partial, out, stride);
 }
 
+// Asks for what the tiles after this one read of b: with few rows a leaf's weights come from memory, in order, and
+// the processor's own prefetching stops at every page.
+constexpr int64_t kBytesAhead = 24 << 10;
+template <class E>
+FFF_INLINE void fetch_ahead(const typename E::type* b, int64_t rows, const Pass& pass) {
+  const int64_t bytes = rows * pass.width * (int64_t)sizeof(typename E::type);
+  const char* from = (const char*)b + kBytesAhead;
+  if (pass.first && pass.last && from + bytes <= pass.b_end) prefetch_row(from, bytes);
+}
+
 // Rows [0, b_rows) of b, at most kProductBlock, for all rows of `a`.
 template <class E>
 static void product_block(const float* const* a, int64_t count, const typename E::type* b, int64_t b_rows,
@@ -138,10 +149,14 @@ static void product_block(const float* const* a, int64_t count, const typename E
     float* to = out + i * stride;
     int64_t j = 0;
     if (rows == 1)
-      for (; j + 8 <= b_rows; j += 8, partial += 8)
+      for (; j + 8 <= b_rows; j += 8, partial += 8) {
+        if (i == 0) fetch_ahead<E>(b + j * pass.width, 8, pass);
         product_tile<E, 1, 8>(a + i, b + j * pass.width, pass, partial, to + j, stride);
-    for (; j + 4 <= b_rows; j += 4, partial += 4 * rows)
+      }
+    for (; j + 4 <= b_rows; j += 4, partial += 4 * rows) {
+      if (i == 0) fetch_ahead<E>(b + j * pass.width, 4, pass);
       product_rows<E, 4>(a + i, rows, b + j * pass.width, pass, partial, to + j, stride);
+    }
     for (; j < b_rows; ++j, partial += rows)
       product_rows<E, 1>(a + i, rows, b + j * pass.width, pass, partial, to + j, stride);
     i += rows;
@@ -151,17 +166,23 @@ static void product_block(const float* const* a, int64_t count, const typename E
 // out[i * stride + j] = <a[i], b + j * width> for i < count <= kProductsAtOnce and j < b_rows. A few pieces of b's
 // rows at a time stay in the first-level cache while all rows of `a` pass by.
 constexpr int64_t kProductsAtOnce = 64;
+constexpr int64_t kFewRows = 6;  // up to here weights are read once, so that memory decides
 
 template <class E>
 static void row_products(const float* const* a, int64_t count, const typename E::type* b, int64_t b_rows,
                          int64_t width, float* out, int64_t stride) {
   vec partial[kProductsAtOnce * kProductBlock];
-  const int64_t passes = count <= kProductRows ? 1 : max64(1, ceil_div(width, kProductColumns));
+  const int64_t passes = count <= kFewRows ? 1 : max64(1, ceil_div(width, kProductColumns));
   const int64_t columns = ceil_div(ceil_div(width, passes), kPair) * kPair;
   const int64_t block = count == 1 ? 8 : kProductBlock;
   for (int64_t j = 0; j < b_rows; j += block)
     for (int64_t begin = 0; begin == 0 || begin < width; begin += columns) {
-      const Pass pass = {width, begin, min64(width, begin + columns), begin == 0, begin + columns >= width};
+      const Pass pass = {width,
+                         begin,
+                         min64(width, begin + columns),
+                         begin == 0,
+                         begin + columns >= width,
+                         (const char*)(b + b_rows * width)};
       product_block<E>(a, count, b + j * width, min64(block, b_rows - j), pass, partial, out + j, stride);
       if (columns == 0) break;
     }
@@ -213,9 +234,9 @@ static void sum_some(const WeightedRows<E>& p, const typename E::type* const* b,
 // Columns [begin, end). b is read once, in order, a few rows at a time, while the sums wait in `wide` rows.
 template <class E>
 static void sum_weighted_rows(const WeightedRows<E>& p, int64_t count, int64_t begin, int64_t end) {
-  const int64_t columns = count > kSumRows ? kPair : end - begin;
-  for (int64_t k = 0; k < p.b_rows; k += kSumDepth) {
-    const int64_t rows = min64(kSumDepth, p.b_rows - k);
+  const int64_t columns = count > kSumRows ? kPair : end - begin, depth = count > kSumRows ? kSumDepth : 16;
+  for (int64_t k = 0; k < p.b_rows; k += depth) {
+    const int64_t rows = min64(depth, p.b_rows - k);
     const bool first = p.first && k == 0, last = p.last && k + rows == p.b_rows;
     for (int64_t ahead = k + rows; ahead < min64(p.b_rows, k + 2 * rows); ++ahead)
       prefetch_row(p.b[ahead] + begin, (end - begin) * (int64_t)sizeof(typename E::type));

@@ -115,7 +115,12 @@ template <class E>
 static void sum_sorted(const PathSum<E>& p, const SumScratch<E>& scratch, int64_t tree, const int32_t* rows,
                        float* const* wide, int count) {
   const bool fetches_y = !p.streams && p.num_rows * p.width * (int64_t)sizeof(typename E::type) >= kCachedBytes;
-  const SumRows<E> s = {scratch.path, p.levels, nullptr, nullptr, nullptr, tree == 0, tree == p.trees - 1, p.streams};
+  SumRows<E> s = {};
+  s.rows = scratch.path;
+  s.num_nodes = p.levels;
+  s.first = tree == 0;
+  s.last = tree == p.trees - 1;
+  s.streams = p.streams;
   int starts[kSumBlock + 1], num_runs = 0;  // runs of rows at one leaf
   uint32_t leaves[kSumBlock];
   for (int i = 0; i < count; ++i) {

@@ -116,7 +116,7 @@ FFF_INLINE void sum_tile(const SumRows<E>& s, int64_t column, int n) {
     vec w[2 * C];
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
-      if (PARTIAL)
+      if constexpr (PARTIAL)
         E::load2_first(row, n, &w[0], &w[1]);
       else
         E::load2(row + c * kPair, &w[2 * c], &w[2 * c + 1]);
@@ -134,7 +134,7 @@ FFF_INLINE void sum_tile(const SumRows<E>& s, int64_t column, int n) {
     for (int c = 0; c < C; ++c) {
       if (!s.last)
         F32::store2(s.wide[t] + column + c * kPair, sum[t][2 * c], sum[t][2 * c + 1]);
-      else if (PARTIAL)
+      else if constexpr (PARTIAL)
         E::store2_first(s.y[t] + column, sum[t][2 * c], sum[t][2 * c + 1], n);
       else if (s.streams)
         E::stream2(s.y[t] + column + c * kPair, sum[t][2 * c], sum[t][2 * c + 1]);

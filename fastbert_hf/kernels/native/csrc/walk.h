@@ -97,7 +97,7 @@ static int split_group(const Walk<E>& w, BlockScratch& block, const Group& group
   const uint32_t child = decides ? 2 * group.node : group.node;
   int children = 0;
   next[children] = {child, group.begin, group.begin + lefts};
-  children += lefts > 0;  // no branch: which children have rows is anybody's guess
+  children += lefts > 0;  // branchless: this branch would be unpredictable
   next[children] = {child + 1, group.begin + lefts, group.end};
   children += rights > 0;
   return children;

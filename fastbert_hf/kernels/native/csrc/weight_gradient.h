@@ -54,7 +54,7 @@ FFF_INLINE void add_vector(const typename E::type* vector, const float* scale, i
   vec v[2 * C];
 #pragma GCC unroll 16
   for (int c = 0; c < C; ++c) {
-    if (PARTIAL)
+    if constexpr (PARTIAL)
       E::load2_first(vector, n, &v[0], &v[1]);
     else
       E::load2(vector + c * kPair, &v[2 * c], &v[2 * c + 1]);
@@ -71,7 +71,7 @@ template <class E, int C, bool PARTIAL>
 FFF_INLINE void write_sum(typename E::type* out, const vec (&sum)[2 * C], bool streams, int n) {
 #pragma GCC unroll 16
   for (int c = 0; c < C; ++c) {
-    if (PARTIAL)
+    if constexpr (PARTIAL)
       E::store2_first(out, sum[0], sum[1], n);
     else if (streams)
       E::stream2(out + c * kPair, sum[2 * c], sum[2 * c + 1]);

@@ -25,7 +25,7 @@ def node_columns(dtype: torch.dtype, width: int) -> int:
 
 
 def precision(dtype: torch.dtype, tf32: bool, hip: bool) -> dict[str, str | bool]:
-    """How products that decide nothing are taken, most of which have a float32 factor.
+    """How products that do not affect routing are taken, most of which have a float32 factor.
 
     float32: as three TF32 products, which leave an error like float32's; as one where TF32 is allowed. float16: as
     three, for its range. bfloat16: as two of its own, 16 binary digits of the float32 factor. AMD's matrix units

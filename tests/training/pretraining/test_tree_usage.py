@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from fastbert_hf.training.tree_usage import (
+from fastbert_hf.training.pretraining.tree_usage import (
     VisitCounts,
     counted_visits,
     dead_leaf_names,

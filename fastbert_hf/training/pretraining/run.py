@@ -254,9 +254,8 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     if not math.isfinite(metrics["eval_loss"]):
         raise ValueError(f"training diverged: the held-out loss is {metrics['eval_loss']}; try a lower learning rate")
     save_model(trainer, tokenizer)
-    summary = write_pretraining_report(
-        trainer, options, data, {"train_loss": train_loss, "resumed_from": checkpoint, **metrics}
-    )
+    metrics |= {"train_loss": train_loss, "resumed_from": checkpoint}
+    summary = write_pretraining_report(trainer, options, data, metrics)
     publish(trainer)
     return model, summary
 

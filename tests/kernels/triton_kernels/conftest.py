@@ -1,8 +1,8 @@
 """These tests run where Triton can: on a GPU, or on CPU tensors in a process with TRITON_INTERPRET=1.
 
-Triton reads that variable when it is imported, so `tests/kernels/test_triton_interpreted.py` starts processes of their
-own. The interpreter takes time for every step of every program: there the calls are small, and float32 stands for all
-types where a kernel has one code for all. A GPU runs every shape in every type.
+Triton reads that variable when it is imported, so `tests/kernels/test_triton_interpreted.py` starts processes of its
+own. The interpreter takes time for every step of every program: its calls are small, and float32 stands for all types
+where they share the code. A GPU runs every shape in every type.
 """
 
 import itertools

@@ -13,7 +13,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 from fastbert_hf.training.arguments import RecipeArgumentParser
 from tests.training.conftest import write_split
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "scripts"))
 import run_glue  # noqa: E402
 

@@ -13,7 +13,7 @@ import torch
 
 from tests.training.runs import losses
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCRIPT = str(ROOT / "scripts" / "pretrain_mlm.py")
 ENVIRONMENT = {
     **os.environ,

@@ -23,8 +23,11 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt $(KERNEL_SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
 
+# Workers take whole files: the fixtures of a file are built once. WORKERS=0 runs everything in one process.
+WORKERS ?= 2
+
 test: venv ## run the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: venv ## check style
 	$(BIN)/ruff check .

@@ -17,6 +17,8 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = ["the", "tree", "leaf", "root", "node", "fast", "slow", "walks", "left", "right", "visits", "one", ".", "?"]
 VOCABULARY = [*SPECIAL_TOKENS, *WORDS, *LETTERS, *(f"##{letter}" for letter in LETTERS)]
 
+FORMS = {"nodes": {}, "leaves": {"fff_leaf_width": 5}}  # fields of a configuration
+
 # run ahead of every script of `run_without_package`
 BLOCK_PACKAGE = """
 import sys

@@ -13,7 +13,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from fastbert_hf import crammed
+from fastbert_hf import published_layout
 from fastbert_hf.configuration_fastbert import FastBertConfig
 from fastbert_hf.fff_layer import FastFeedForward
 from fastbert_hf.fff_op import fff, use_backend
@@ -28,6 +28,8 @@ from fastbert_hf.modeling_fastbert import (
     FastBertModel,
     FastBertPreTrainedModel,
 )
+
+crammed = published_layout  # its earlier name
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import fastbert_hf  # noqa: F401  registers the configuration with AutoConfig
 from fastbert_hf.training.arguments import RecipeArgumentParser, run_command
-from fastbert_hf.training.comparison import compare
+from fastbert_hf.training.pretraining.comparison import compare
 
 
 @dataclass

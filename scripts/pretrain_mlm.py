@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 import fastbert_hf  # noqa: F401  registers the model with the Auto classes
 from fastbert_hf.training.arguments import RecipeArgumentParser, run_command
-from fastbert_hf.training.pretraining import PretrainingArguments, pretrain
+from fastbert_hf.training.pretraining.run import PretrainingArguments, pretrain
 
 
 def main(argv: list[str] | None = None) -> tuple[PreTrainedModel, dict[str, Any]]:

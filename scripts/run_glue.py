@@ -15,9 +15,9 @@ from transformers import TrainingArguments
 
 import fastbert_hf  # noqa: F401  registers the model with the Auto classes
 from fastbert_hf.training.arguments import RecipeArgumentParser, run_command
-from fastbert_hf.training.classifier import ModelArguments
-from fastbert_hf.training.finetuning import DataTrainingArguments
-from fastbert_hf.training.glue_runs import finetune_all
+from fastbert_hf.training.glue.classifier import ModelArguments
+from fastbert_hf.training.glue.finetuning import DataTrainingArguments
+from fastbert_hf.training.glue.runs import finetune_all
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:

@@ -8,9 +8,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastbert_hf.data.atomic import check_output_folder
 from fastbert_hf.data.corpus import read_documents
 from fastbert_hf.data.tokenizer import save_tokenizer, train_wordpiece
+from fastbert_hf.files import check_output_folder
 from fastbert_hf.training.arguments import RecipeArgumentParser, run_command
 
 

@@ -97,12 +97,10 @@ def path_logits(x: Tensor, router: Tensor, threshold: Tensor, trees: int, depth:
     """Logits of the decisions of leaf trees (N, P, D) and their routers (N, P, D), from the logits of all routers."""
     logits = (x @ router.T - threshold).view(x.shape[0], trees, 2**depth - 1)  # (N, P, r)
     visited = torch.zeros(x.shape[0], trees, depth, dtype=torch.int64)
-    for row in range(x.shape[0]):
-        for tree in range(trees):
-            node = 0
-            for level in range(depth):
-                visited[row, tree, level] = node
-                node = 2 * node + (2 if logits[row, tree, node] > 0 else 1)
+    for level in range(1, depth):
+        parent = visited[..., level - 1 : level]
+        goes_right = logits.detach().gather(-1, parent) > 0
+        visited[..., level : level + 1] = 2 * parent + 1 + goes_right.long()
     return logits.gather(-1, visited), visited
 
 

@@ -7,9 +7,9 @@ from transformers import AutoConfig, TrainingArguments
 
 import fastbert_hf  # noqa: F401  registers the model with the Auto classes
 from fastbert_hf.training.arguments import RecipeArgumentParser, load_yaml
-from fastbert_hf.training.classifier import ModelArguments
-from fastbert_hf.training.finetuning import DataTrainingArguments
-from fastbert_hf.training.pretraining import PretrainingArguments, budget_clock, step_size
+from fastbert_hf.training.glue.classifier import ModelArguments
+from fastbert_hf.training.glue.finetuning import DataTrainingArguments
+from fastbert_hf.training.pretraining.run import PretrainingArguments, budget_clock, step_size
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -19,8 +19,9 @@ LEVELS = [
     ("checkpoint_fastbert",),
     ("pretrained_fastbert",),
     ("modeling_fastbert",),
-    ("crammed",),
+    ("published_layout",),
     ("__init__",),
+    ("files",),
     ("data",),
     ("hub",),
     ("training",),
@@ -86,6 +87,17 @@ def test_imports_point_downwards(path):
         assert level_of(imported) <= level_of(module), f"{path.name} imports {imported}, which is above it"
 
 
+@pytest.mark.parametrize("path", sources(PACKAGE / "training"), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_what_trainings_share_imports_none_of_them(path):
+    """training/*.py is shared by its subfolders; a subfolder imports itself and what is shared."""
+    folders = {child.name for child in (PACKAGE / "training").iterdir() if (child / "__init__.py").exists()}
+    own = path.relative_to(PACKAGE / "training").parts[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastbert_hf.training."):
+            imported = node.module.split(".")[2]
+            assert imported not in folders or imported == own, f"{path.name} imports {node.module}"
+
+
 def test_the_package_never_imports_scripts_or_tests():
     for path in sources(PACKAGE):
         assert "import scripts" not in path.read_text() and "from tests" not in path.read_text()
@@ -96,7 +108,17 @@ def test_bundle_files_import_siblings_torch_and_transformers_only(name):
     tree = ast.parse((PACKAGE / f"{name}.py").read_text())
     guarded = {child for node in ast.walk(tree) if isinstance(node, ast.Try) for child in ast.walk(node)}
     allowed = {"torch", "transformers", "huggingface_hub"}  # the last comes with transformers
-    standard = {"collections", "contextvars", "dataclasses", "difflib", "functools", "math", "os", "typing"}
+    standard = {
+        "collections",
+        "contextvars",
+        "dataclasses",
+        "difflib",
+        "functools",
+        "math",
+        "os",
+        "typing",
+        "warnings",
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1 and node.module in BUNDLE

@@ -11,23 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastbert_hf.data.atomic import check_output_folder
 from fastbert_hf.data.cleaning import clean_document
 from fastbert_hf.data.corpus import is_held_out, read_documents
 from fastbert_hf.data.deduplication import SeenDocuments
 from fastbert_hf.data.packing import Packer, check_seq_length, tokenize
-from fastbert_hf.data.prepared import (
-    COUNTS,
-    MANIFEST,
-    TOKENIZER,
-    damage,
-    file_digest,
-    read_manifest,
-    write_manifest,
-    write_shards,
-)
+from fastbert_hf.data.prepared import COUNTS, MANIFEST, TOKENIZER, damage, read_manifest, write_manifest, write_shards
 from fastbert_hf.data.sources import Source
-from fastbert_hf.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
+from fastbert_hf.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_digest, train_wordpiece
+from fastbert_hf.files import check_output_folder, file_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,9 +85,9 @@ def prepare(
     """
     check_seq_length(settings.max_seq_length)
     check_output_folder(folder)
-    _check_kinds(train, validation, settings)
+    given = _given_tokenizer(settings)
     wanted = {
-        "settings": asdict(settings) | {"tokenizer_digest": _given_tokenizer(settings)},
+        "settings": asdict(settings) | {"tokenizer_digest": tokenizer_digest(given) if given is not None else None},
         "sources": {
             name: [source.describe() for source in sources] for name, sources in zip(SPLITS, (train, validation))
         },
@@ -105,18 +96,20 @@ def prepare(
     if existing is not None:
         if {name: existing[name] for name in wanted} != wanted:
             raise ValueError(
-                f"{str(folder)!r} holds a corpus of other text or settings; choose another output_dir, "
-                f"or remove its {MANIFEST}"
+                f"{str(folder)!r} holds a corpus of other text or settings: {_difference(existing, wanted)}; choose "
+                f"another output_dir, or remove its {MANIFEST}"
             )
         if damage(folder, existing, verify=True) is None:
             return existing, True
+    _check_kinds(train, validation, settings)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
     work = folder / WORK
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
-        tokenizer = _tokenizer(train, validation, settings, folder, progress)
+        tokenizer = given if given is not None else _new_tokenizer(train, validation, settings, progress)
+        save_tokenizer(tokenizer, folder / TOKENIZER)
         manifest = wanted | _write(train, validation, settings, folder, tokenizer, progress)
     except OSError as error:
         raise ValueError(f"the corpus cannot be written in {str(folder)!r}: {error.strerror or error}") from error
@@ -136,31 +129,42 @@ def _check_kinds(train: list[Source], validation: list[Source], settings: Prepar
         raise ValueError("the data is tokenized already: name a held-out source or split beside it")
 
 
-def _given_tokenizer(settings: PreparationSettings) -> str | None:
-    """What a given tokenizer is, beside its name."""
-    file = Path(settings.tokenizer_name or "") / "tokenizer.json"
-    return file_digest(file) if settings.tokenizer_name and file.is_file() else None
-
-
-def _tokenizer(
-    train: list[Source], validation: list[Source], settings: PreparationSettings, folder: Path, progress: bool
-) -> "PreTrainedTokenizerBase":
-    """The given tokenizer, or one trained on a sample; a copy lies in the folder."""
-    if settings.tokenizer_name is not None:
-        tokenizer = load_tokenizer(settings.tokenizer_name, needs_mask=True)
-        if not tokenizer.is_fast:
-            raise ValueError(f"the tokenizer {settings.tokenizer_name!r} is not a fast one (tokenizer.json)")
+def _difference(there: Any, here: Any, name: str = "") -> str:
+    """The first value that differs between two structures of JSON: what it is called, and both values."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        pairs = {f"{name}.{key}".lstrip("."): (there.get(key), value) for key, value in here.items()}
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        pairs = {f"{name}[{number}]": pair for number, pair in enumerate(zip(there, here))}
     else:
-        share = 0.0 if validation else settings.validation_share
-        tokenizer = train_wordpiece(
-            list(_sample(train, settings, share)),
-            settings.vocab_size,
-            settings.lowercase,
-            settings.max_seq_length,
-            progress=progress,
-        )
-    save_tokenizer(tokenizer, folder / TOKENIZER)
+        pairs = {}
+    return next(
+        (_difference(*pair, inner) for inner, pair in pairs.items() if pair[0] != pair[1]),
+        f"{name} is {there!r} there, {here!r} here",
+    )
+
+
+def _given_tokenizer(settings: PreparationSettings) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer that the settings name, if they name one."""
+    if settings.tokenizer_name is None:
+        return None
+    tokenizer = load_tokenizer(settings.tokenizer_name, needs_mask=True)
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer {settings.tokenizer_name!r} is not a fast one (tokenizer.json)")
     return tokenizer
+
+
+def _new_tokenizer(
+    train: list[Source], validation: list[Source], settings: PreparationSettings, progress: bool
+) -> "PreTrainedTokenizerBase":
+    """A tokenizer trained on a sample of the training text."""
+    share = 0.0 if validation else settings.validation_share
+    return train_wordpiece(
+        list(_sample(train, settings, share)),
+        settings.vocab_size,
+        settings.lowercase,
+        settings.max_seq_length,
+        progress=progress,
+    )
 
 
 def _sample(sources: list[Source], settings: PreparationSettings, validation_share: float) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """A prepared corpus: packed sequences in Arrow shards, a tokenizer, and a manifest that is written last."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,21 +9,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from fastbert_hf.data.atomic import write_text
+from fastbert_hf.files import file_digest, write_text
 
 MANIFEST, COUNTS, TOKENIZER = "manifest.json", "token_counts.npy", "tokenizer"
 FORMAT = 1
 ROWS_PER_BATCH = 1024
-HASHED_AT_ONCE = 1 << 20  # bytes
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(HASHED_AT_ONCE):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write_shards(

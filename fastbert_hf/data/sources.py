@@ -1,7 +1,11 @@
 """Where a corpus comes from: files on this machine, or a dataset of the Hub, streamed or not; text or token ids."""
 
 import contextlib
+import functools
+import hashlib
 import itertools
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +15,11 @@ import numpy as np
 
 from fastbert_hf.data.corpus import check_corpus_files, read_documents, text_of
 from fastbert_hf.data.pieces import single_spaces
-from fastbert_hf.data.prepared import file_digest
+from fastbert_hf.files import file_digest
 
 TOKENIZED = "input_ids"  # column of a dataset that is tokenized and packed already
 ROWS = 1000
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Source(Protocol):
@@ -91,7 +96,7 @@ class HubDataset:
         name: NAMESPACE/NAME, or a folder.
         config: its configuration, where it has several.
         split: which part.
-        revision: branch, tag or commit.
+        revision: branch, tag or commit; what it stands for is looked up once.
         streaming: read it over the network instead of downloading it first.
         text_column: column with the text.
         max_documents: take the first rows only.
@@ -108,14 +113,59 @@ class HubDataset:
     license: str | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Name, split and revision; a folder goes by its own name."""
-        name = Path(self.name).absolute().name if Path(self.name).is_dir() else self.name
-        about = {"name": name, "config": self.config, "split": self.split, "revision": self.revision}
+        """Name, split and commit; a folder goes by its own name and the digest of its files.
+
+        Raises:
+            ValueError: it cannot be found, or nobody can say which commit it is.
+        """
+        about = {"name": self.name, "config": self.config, "split": self.split, "revision": None}
+        if self._is_folder:
+            about |= {"name": Path(self.name).absolute().name, "sha256": self._files_digest()}
+        else:
+            about["revision"] = self.revision if _COMMIT.fullmatch(self.revision or "") else self._commit
         return about | {
             "text_column": self.text_column,
             "max_documents": self.max_documents,
             "license": self.license,
         }
+
+    @property
+    def _is_folder(self) -> bool:
+        return Path(self.name).is_dir()
+
+    @functools.cached_property
+    def _builder(self):
+        """What the library found under the name; the data is not there yet."""
+        from datasets import load_dataset_builder
+
+        with self._named_errors("loaded"):
+            return load_dataset_builder(self.name, self.config, revision=self.revision)
+
+    @functools.cached_property
+    def _commit(self) -> str:
+        """The commit that is read from now on: a branch may move, and without network the library reads its cache."""
+        commit = self._builder.hash or ""
+        if not _COMMIT.fullmatch(commit):
+            raise ValueError(
+                f"dataset {self.name!r}: the commit of revision {self.revision!r} is not known without the Hub; give "
+                "--dataset_revision COMMIT, or try again when the Hub can be reached"
+            )
+        if _COMMIT.fullmatch(self.revision or "") and commit != self.revision:
+            raise ValueError(
+                f"dataset {self.name!r} cannot be loaded at {self.revision}: the Hub cannot be reached, and the "
+                f"cache holds {commit}"
+            )
+        return commit
+
+    def _files_digest(self) -> str:
+        """SHA-256 over names and contents of the files that are read from a folder, in their order."""
+        files = self._builder.config.data_files
+        chosen = files.get(self.split) or [file for split in files.values() for file in split]
+        digest = hashlib.sha256()
+        for file in chosen:
+            path = Path(str(file))
+            digest.update(f"{os.path.relpath(path, Path(self.name).absolute())} {file_digest(path)}\n".encode())
+        return digest.hexdigest()
 
     def is_tokenized(self) -> bool:
         """Whether it has token ids and no text."""
@@ -155,10 +205,9 @@ class HubDataset:
     def _open(self):
         from datasets import load_dataset
 
+        revision = None if self._is_folder else self._commit
         with self._named_errors("loaded"):
-            return load_dataset(
-                self.name, self.config, split=self.split, revision=self.revision, streaming=self.streaming
-            )
+            return load_dataset(self.name, self.config, split=self.split, revision=revision, streaming=self.streaming)
 
     @contextlib.contextmanager
     def _named_errors(self, what: str) -> Iterator[None]:

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastbert_hf.data.atomic import staged_folder
 from fastbert_hf.data.pieces import pieces
+from fastbert_hf.files import staged_folder
 
 if TYPE_CHECKING:
     from tokenizers.normalizers import Normalizer

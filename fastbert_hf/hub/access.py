@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from fastbert_hf.data.staging import is_disk_full
+from fastbert_hf.files import is_disk_full
 
 T = TypeVar("T")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from fastbert_hf.crammed import FirstStored, SplitHeadwise, TransposeRows, weight_conversions
 from fastbert_hf.hub.files import largest_difference, load_model, read_config, sample_outputs
 from fastbert_hf.hub.weights import INDEX_SUFFIX, is_pickled, stored_shapes
 from fastbert_hf.modeling_fastbert import FastBertPreTrainedModel
+from fastbert_hf.published_layout import FirstStored, SplitHeadwise, TransposeRows, weight_conversions
 
 CHANGES = {SplitHeadwise: "split", TransposeRows: "transposed", FirstStored: "renamed"}
 REPORT = "conversion.json"

@@ -1,6 +1,5 @@
 """The files of a repository: which are safe to take, what they must hash to, and the model in them."""
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,10 +14,11 @@ from transformers.utils import logging
 import fastbert_hf
 from fastbert_hf.checkpoint_fastbert import misfits
 from fastbert_hf.configuration_fastbert import AUTO_MAP, FastBertConfig
-from fastbert_hf.crammed import MODEL_TYPE
+from fastbert_hf.files import file_digest, git_digest
 from fastbert_hf.hub.json_files import read_json
 from fastbert_hf.hub.weights import check_weight_names, check_weights, stored_shapes
 from fastbert_hf.modeling_fastbert import FastBertPreTrainedModel
+from fastbert_hf.published_layout import MODEL_TYPE
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -66,14 +66,8 @@ def check_paths(paths: Iterable[str], repo: str) -> None:
 
 
 def checksum(file: Path, kind: str) -> str:
-    """The "sha256" of a file, or its "git" name: the SHA-1 of its content behind git's header."""
-    digest = hashlib.sha256()
-    if kind == "git":
-        digest = hashlib.sha1(f"blob {file.stat().st_size}\0".encode(), usedforsecurity=False)
-    with open(file, "rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    """The "sha256" of a file, or its "git" name."""
+    return git_digest(file) if kind == "git" else file_digest(file)
 
 
 def expected_checksum(entry: RepoFile) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, RepoFile, constants, hf_hub_download, snapshot_download
 
-from fastbert_hf.data.atomic import check_output_folder, remove_staged, staged_folder
+from fastbert_hf.files import check_output_folder, remove_staged, staged_folder
 from fastbert_hf.hub.access import explained, is_unreachable, patiently
 from fastbert_hf.hub.convert import Conversion, convert
 from fastbert_hf.hub.files import check_paths, checksum, expected_checksum, read_config, readable_size

@@ -19,8 +19,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from fastbert_hf.data.atomic import check_output_folder
-from fastbert_hf.data.staging import is_disk_full, remove_leftovers, temporary_folder
+from fastbert_hf.files import check_output_folder, is_disk_full, remove_leftovers, temporary_folder
 from fastbert_hf.hub.access import check_write_access, explained, patiently
 from fastbert_hf.hub.card import render_card
 from fastbert_hf.hub.files import (

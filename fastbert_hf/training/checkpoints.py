@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from fastbert_hf.data.atomic import check_output_folder
+from fastbert_hf.files import check_output_folder
 from fastbert_hf.hub.weights import check_weights
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastbert_hf.data.atomic import write_text
-from fastbert_hf.data.prepared import file_digest
+from fastbert_hf.files import file_digest, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, TrainingArguments

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import HfApi
 from transformers.dynamic_module_utils import custom_object_save
 
-from fastbert_hf.data.atomic import write_text
+from fastbert_hf.files import write_text
 from fastbert_hf.hub.access import check_write_access
 from fastbert_hf.hub.card import RECIPE, render_card
 from fastbert_hf.hub.push import PushOptions, push

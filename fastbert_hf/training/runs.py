@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerState
 
-from fastbert_hf.data.atomic import check_output_folder, staged_folder, write_text
 from fastbert_hf.data.packing import check_seq_length
+from fastbert_hf.files import check_output_folder, staged_folder, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments

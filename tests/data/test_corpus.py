@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fastbert_hf.data.atomic import check_output_folder, staged_folder, write_text
 from fastbert_hf.data.corpus import is_held_out, read_documents, split_documents
+from fastbert_hf.files import check_output_folder, staged_folder, write_text
 
 
 def test_plain_and_compressed_files_give_their_lines_in_order(tmp_path):

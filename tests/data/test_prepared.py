@@ -3,6 +3,7 @@
 import json
 import lzma
 import pickle
+import types
 
 import datasets
 import numpy as np
@@ -14,9 +15,10 @@ from fastbert_hf.data.cleaning import clean_document
 from fastbert_hf.data.deduplication import SeenDocuments
 from fastbert_hf.data.packing import pack_documents
 from fastbert_hf.data.preparation import PreparationSettings, prepare
-from fastbert_hf.data.prepared import PreparedCorpus, file_digest
+from fastbert_hf.data.prepared import PreparedCorpus
 from fastbert_hf.data.sources import HubDataset, LocalFile
 from fastbert_hf.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
+from fastbert_hf.files import file_digest
 
 SENTENCE = "the river flows under a stone bridge and the wind sings over grass near cold clouds"
 WORDS = SENTENCE.split()
@@ -165,6 +167,90 @@ def test_a_prepared_corpus_is_reused_only_for_the_same_text_and_settings(text, t
     (tmp_path / "out" / "train-00000.arrow").unlink()
     repaired, reused = prepare([LocalFile(text)], [], settings(tokenizer), tmp_path / "out")
     assert not reused and repaired == first
+
+
+def test_a_dataset_folder_counts_as_changed_when_a_file_of_its_split_does(text, tokenizer, tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    compressed(text, folder, "jsonl").rename(folder / "train.jsonl")
+    (folder / "test.jsonl").write_text(json.dumps({"text": "held out"}) + "\n")
+    first, _ = prepare([HubDataset(str(folder))], [], settings(tokenizer), tmp_path / "out")
+    assert len(first["sources"]["train"][0]["sha256"]) == 64
+    (folder / "test.jsonl").write_text(json.dumps({"text": "held out otherwise"}) + "\n")
+    folder.rename(tmp_path / "elsewhere")
+    (tmp_path / "moved").mkdir()
+    moved = (tmp_path / "elsewhere").rename(tmp_path / "moved" / "set")
+    assert prepare([HubDataset(str(moved))], [], settings(tokenizer), tmp_path / "out") == (first, True)
+    content = (moved / "train.jsonl").read_text()
+    (moved / "train.jsonl").write_text(content.replace("river", "lakes", 1))
+    with pytest.raises(
+        ValueError, match=r"other text or settings: sources\.train\[0\]\.sha256 is '\w+' there, '\w+' here"
+    ):
+        prepare([HubDataset(str(moved))], [], settings(tokenizer), tmp_path / "out")
+
+
+class Hub:
+    """Stands for the Hub under the datasets library: one dataset whose main branch moves."""
+
+    def __init__(self, monkeypatch, reachable=True):
+        self.commits, self.opened = {}, []
+        monkeypatch.setattr("datasets.load_dataset_builder", self.builder)
+        monkeypatch.setattr("datasets.load_dataset", self.load)
+
+    def push(self, lines):
+        self.main = f"{len(self.commits):040x}"
+        self.commits[self.main] = lines
+
+    def builder(self, name, config, revision):
+        commit = (
+            revision if revision in self.commits else self.main
+        )  # as the library's cache, which takes any revision
+        return types.SimpleNamespace(hash=commit)
+
+    def load(self, name, config, split, revision, streaming):
+        self.opened.append(revision)
+        return datasets.Dataset.from_list([{"text": line} for line in self.commits[revision]])
+
+
+def test_a_dataset_of_the_hub_is_recorded_and_read_at_one_commit(tokenizer, tmp_path, monkeypatch):
+    hub = Hub(monkeypatch)
+    hub.push(LINES)
+    first, _ = prepare([HubDataset("a/b", revision="main")], [], settings(tokenizer), tmp_path / "out")
+    assert first["sources"]["train"][0]["revision"] == f"{0:040x}"
+    source = HubDataset("a/b")
+    assert prepare([source], [], settings(tokenizer), tmp_path / "out") == (first, True)
+    hub.push(LINES[:-1])
+    with pytest.raises(ValueError, match=r"sources\.train\[0\]\.revision is '0{40}' there, '0{39}1' here"):
+        prepare([HubDataset("a/b")], [], settings(tokenizer), tmp_path / "out")
+    monkeypatch.setattr("datasets.load_dataset_builder", None)  # a commit needs no Hub to be found again
+    pinned = HubDataset("a/b", revision=f"{0:040x}")
+    assert prepare([pinned], [], settings(tokenizer), tmp_path / "out") == (first, True)
+    assert len(list(source.documents())) == len(LINES)  # looked up before the branch moved
+    assert hub.opened[-1] == f"{0:040x}"
+
+
+def test_a_commit_that_only_the_hub_knows_is_not_replaced_by_what_the_cache_has(tokenizer, tmp_path, monkeypatch):
+    hub = Hub(monkeypatch)
+    hub.push(LINES)
+    with pytest.raises(ValueError, match=r"cannot be loaded at f{40}: the Hub cannot be reached, .* holds 0{40}"):
+        prepare([HubDataset("a/b", revision="f" * 40)], [], settings(tokenizer), tmp_path / "out")
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *args, **options: types.SimpleNamespace(hash="auto"))
+    with pytest.raises(ValueError, match="the commit of revision 'main' is not known without the Hub"):
+        prepare([HubDataset("a/b", revision="main")], [], settings(tokenizer), tmp_path / "out")
+
+
+def test_a_changed_tokenizer_of_the_same_name_is_noticed_in_every_form(text, tmp_path):
+    """A folder of vocab.txt has no tokenizer.json; special tokens stand in a file of their own."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(WORDS))]
+    folder = tmp_path / "vocab"
+    folder.mkdir()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizerFast"}))
+    (folder / "vocab.txt").write_text("\n".join([*words, "lake"]) + "\n")
+    first, _ = prepare([LocalFile(text)], [], settings(str(folder)), tmp_path / "out")
+    assert prepare([LocalFile(text)], [], settings(str(folder)), tmp_path / "out") == (first, True)
+    (folder / "vocab.txt").write_text("\n".join([*words, "moor"]) + "\n")
+    with pytest.raises(ValueError, match=r"settings\.tokenizer_digest is '\w+' there, '\w+' here"):
+        prepare([LocalFile(text)], [], settings(str(folder)), tmp_path / "out")
 
 
 def test_missing_cut_off_and_changed_shards_are_refused_by_name(text, tokenizer, tmp_path):

@@ -13,7 +13,7 @@ from fastbert_hf.benchmarks.suite import trained_problem
 from fastbert_hf.hub import weights
 from fastbert_hf.hub.files import load_model
 from fastbert_hf.training import checkpoints
-from fastbert_hf.training.classifier import ModelArguments, fit_head
+from fastbert_hf.training.glue.classifier import ModelArguments, fit_head
 from tests.clients.helpers import tiny_model
 from tests.hub.conftest import FIXTURES, folder_files, published_files
 from tests.hub.test_pull import pulled

@@ -1,11 +1,14 @@
 """Problems for the kernels, and what they are compared with: the reference in float64."""
 
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from fastbert_hf.fff_reference import fff_backward, fff_forward, nodes_per_tree
+from fastbert_hf.fff_reference import fff_backward, fff_forward
+from fastbert_hf.leaf_reference import leaf_backward, leaf_forward
+from tests.forms import NODES, Form, leaves_of
 
 MARGIN = 1e-4  # on logits of order 1; float32 sums of 4096 products stay well below
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -13,6 +16,8 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
 @dataclass
 class Problem:
+    """Arguments of one call of trees of single neurons, and the gradient of its output."""
+
     x: Tensor
     weight_in: Tensor
     bias_in: Tensor | None
@@ -23,47 +28,107 @@ class Problem:
     grad_y: Tensor
     output_mask: list[bool] = field(default_factory=list)
 
+    names = ("x", "weight_in", "bias_in", "weight_out")
+    reference_forward, reference_backward = staticmethod(fff_forward), staticmethod(fff_backward)
+
     def __post_init__(self):
         if not self.output_mask:
-            self.output_mask = [True, True, self.bias_in is not None, True]
+            self.output_mask = [t is not None for t in self.tensors()]
+
+    @property
+    def form(self) -> Form:
+        return NODES
+
+    def tensors(self):
+        """x and the parameters, in the order of the op."""
+        return tuple(getattr(self, name) for name in self.names)
 
     def parameters(self):
-        return self.weight_in, self.bias_in, self.weight_out, self.trees, self.depth, self.activation
+        return *self.tensors()[1:], self.trees, self.depth, self.activation
 
-    def double(self) -> "Problem":
-        def widen(t):
-            return None if t is None else t.double()
+    def double(self):
+        widened = {name: getattr(self, name) for name in (*self.names, "grad_y")}
+        return replace(self, **{name: None if t is None else t.double() for name, t in widened.items()})
 
-        return Problem(
-            *map(widen, (self.x, self.weight_in, self.bias_in, self.weight_out)),
-            self.trees,
-            self.depth,
-            self.activation,
-            widen(self.grad_y),
-            self.output_mask,
-        )
+    def backward(self, backend, saved) -> list[Tensor | None]:
+        return backend.backward(self.grad_y, *self.tensors(), *saved, self.activation, self.output_mask)
+
+    def results(self, backend) -> list[Tensor | None]:
+        """y, what forward saves for backward, and every gradient."""
+        y, *saved = backend.forward(self.x, *self.parameters())
+        return [y, *saved, *self.backward(backend, saved)]
+
+    def scales(self, logits: Tensor) -> dict[str, float]:
+        return natural_scales(self, logits)
+
+
+@dataclass
+class LeafProblem(Problem):
+    """The same for leaf trees."""
+
+    router: Tensor = None
+    threshold: Tensor = None
+    bias_out: Tensor | None = None
+
+    names = ("x", "router", "threshold", "weight_in", "bias_in", "weight_out", "bias_out")
+    reference_forward, reference_backward = staticmethod(leaf_forward), staticmethod(leaf_backward)
+
+    @property
+    def form(self) -> Form:
+        return leaves_of(self.weight_in.shape[0] // (self.trees * 2**self.depth))
+
+    def scales(self, logits: Tensor) -> dict[str, float]:
+        return natural_leaf_scales(self, logits)
 
 
 def make_problem(
     rows=16, width=24, out_width=20, trees=1, depth=3, activation="gelu", bias=True, dtype=torch.float32, seed=0
 ) -> Problem:
     """Random parameters and rows whose every logit is at least MARGIN away from a tie."""
+    return _draw(Problem, NODES, (rows, width, out_width, trees, depth), activation, bias, dtype, seed)
+
+
+def make_leaf_problem(
+    rows=16,
+    width=24,
+    out_width=20,
+    trees=1,
+    depth=3,
+    leaf_width=9,
+    activation="gelu",
+    bias=True,
+    dtype=torch.float32,
+    seed=0,
+) -> LeafProblem:
+    """The same for leaf trees; the two least certain decisions of a row are at least MARGIN apart, too."""
+    sizes = (rows, width, out_width, trees, depth)
+    return _draw(LeafProblem, leaves_of(leaf_width), sizes, activation, bias, dtype, seed)
+
+
+def _draw(problem_type, form, sizes, activation, bias, dtype, seed):
+    rows, width, out_width, trees, depth = sizes
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape, scale=1.0):
         return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
-    nodes = trees * nodes_per_tree(depth)
-    weight_in = normal(nodes, width, scale=max(1, width) ** -0.5)
-    bias_in = normal(nodes, scale=0.3) if bias else None
-    weight_out = normal(nodes, out_width)
-    problem = Problem(
-        normal(rows, width), weight_in, bias_in, weight_out, trees, depth, activation, normal(rows, out_width)
+    scales = {"weight_in": max(1, width) ** -0.5, "router": max(1, width) ** -0.5, "weight_out": 1.0}
+    parameters = {
+        name: normal(*shape, scale=scales.get(name, 0.3)) if bias or name not in form.biases else None
+        for name, shape in form.shapes(width, out_width, trees, depth).items()
+    }
+    problem = problem_type(
+        x=normal(rows, width),
+        **parameters,
+        trees=trees,
+        depth=depth,
+        activation=activation,
+        grad_y=normal(rows, out_width),
     )
     for _ in range(100):
         wide = problem.double()
-        logits = fff_forward(wide.x, *wide.parameters())[2]
-        near = (logits.abs() < MARGIN).flatten(1).any(1)
+        with one_thread():
+            near = form.near_ties(wide.x, dict(zip(form.parameter_names, wide.tensors()[1:])), trees, depth)
         if width == 0 or not near.any():
             return problem
         problem.x[near] = normal(int(near.sum()), width)
@@ -91,6 +156,25 @@ def natural_scales(problem: Problem, logits: Tensor) -> dict[str, float]:
     }
 
 
+def natural_leaf_scales(problem: LeafProblem, logits: Tensor) -> dict[str, float]:
+    """The same for leaf trees, whose results sum w neurons."""
+    neurons, columns = max(1, logits.shape[-1]) ** 0.5, max(1, problem.weight_out.shape[1]) ** 0.5
+    bias_out = problem.x.new_zeros(1) if problem.bias_out is None else problem.bias_out
+    dots = largest(problem.grad_y, problem.weight_out) * columns  # gradient of a neuron's hidden value
+    confidence = largest(logits) * dots * neurons + largest(problem.grad_y, bias_out) * columns
+    return {
+        "y": largest(logits, problem.weight_out) * neurons + largest(bias_out),
+        "x": dots * largest(problem.weight_in) * neurons + confidence * largest(problem.router),
+        "router": confidence * largest(problem.x),
+        "threshold": confidence,
+        "weight_in": dots * largest(problem.x),
+        "bias_in": dots,
+        "weight_out": largest(logits, problem.grad_y),
+        "bias_out": largest(problem.grad_y),
+        "logits": 0.0,
+    }
+
+
 def assert_close(actual: Tensor, expected: Tensor, what: str, scale: float) -> None:
     """Close relative to the largest value: 4e-6 in float32 (sums of thousands), one rounding more in bfloat16."""
     assert actual.shape == expected.shape, what
@@ -107,40 +191,39 @@ def assert_close(actual: Tensor, expected: Tensor, what: str, scale: float) -> N
     )
 
 
+@contextmanager
+def one_thread():
+    """For the reference, whose small products wait for threads longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def check(backend, problem: Problem) -> None:
     """Output, paths, logits and every gradient against the reference in float64."""
     wide = problem.double()
-    y, visited, logits = backend.forward(problem.x, *problem.parameters())
-    expected_y, expected_visited, expected_logits = fff_forward(wide.x, *wide.parameters())
-    assert (y.dtype, visited.dtype, logits.dtype) == (problem.x.dtype, torch.int32, torch.float32)
-    assert torch.equal(visited, expected_visited)
-    scales = natural_scales(problem, expected_logits)
-    assert_close(logits, expected_logits, "logits", scales["logits"])
+    y, *saved = backend.forward(problem.x, *problem.parameters())
+    with one_thread():
+        expected_y, *expected_saved = problem.reference_forward(wide.x, *wide.parameters())
+    scales = problem.scales(expected_saved[-1])
+    assert y.dtype == problem.x.dtype
+    for actual, wanted in zip(saved, expected_saved, strict=True):
+        if wanted.is_floating_point():  # logits, and the margins of leaf trees
+            assert actual.dtype == torch.float32
+            assert_close(actual, wanted, "logits", scales["logits"])
+        else:
+            assert actual.dtype == torch.int32 and torch.equal(actual, wanted)
     assert_close(y, expected_y, "y", scales["y"])
     assert torch.equal(backend.infer(problem.x, *problem.parameters()), y)
-    gradients = backend.backward(
-        problem.grad_y,
-        problem.x,
-        problem.weight_in,
-        problem.bias_in,
-        problem.weight_out,
-        visited,
-        logits,
-        problem.activation,
-        problem.output_mask,
-    )
-    expected = fff_backward(
-        wide.grad_y,
-        wide.x,
-        wide.weight_in,
-        wide.bias_in,
-        wide.weight_out,
-        visited,
-        logits.double(),
-        problem.activation,
-        problem.output_mask,
-    )
-    for name, actual, wanted in zip(("x", "weight_in", "bias_in", "weight_out"), gradients, expected):
+    gradients = problem.backward(backend, saved)
+    given = [t.double() if t.is_floating_point() else t for t in saved]
+    call = (wide.grad_y, *wide.tensors(), *given, problem.activation, problem.output_mask)
+    with one_thread():
+        expected = problem.reference_backward(*call)
+    for name, actual, wanted in zip(problem.names, gradients, expected, strict=True):
         assert (actual is None) == (wanted is None), name
         if actual is not None:
             assert actual.dtype == problem.x.dtype

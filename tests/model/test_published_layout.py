@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from fastbert_hf import FastBertConfig, FastBertForMaskedLM, FastBertForSequenceClassification, FastBertModel
-from fastbert_hf.crammed import native_config
+from fastbert_hf.published_layout import native_config
 from tests.oracle import published_forward
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

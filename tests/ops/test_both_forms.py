@@ -351,5 +351,5 @@ def test_every_tensor_of_another_dtype_device_or_number_of_dimensions_raises(for
             with pytest.raises(ValueError, match=message):
                 form.function(**good | {name: change})
     whole_numbers = {name: t.long() for name, t in good.items() if isinstance(t, torch.Tensor)}
-    with pytest.raises(ValueError, match="dtypes are .*int64"):
+    with pytest.raises(ValueError, match=r"dtypes are .*int64"):
         form.function(**good | whole_numbers)

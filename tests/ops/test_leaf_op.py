@@ -1,4 +1,4 @@
-"""Leaf trees: routes and confidence, ties, products by leaf, arguments; test_both_forms.py has what both ops share."""
+"""Leaf trees: routes, confidence, ties, products by leaf, arguments; test_both_forms.py has what both ops share."""
 
 import pytest
 import torch

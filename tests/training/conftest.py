@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForMaskedLM
 
 from fastbert_hf.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
-from fastbert_hf.training import finetuning
 from fastbert_hf.training.arguments import load_yaml
-from fastbert_hf.training.pretraining_model import model_config
+from fastbert_hf.training.glue import finetuning
+from fastbert_hf.training.pretraining.model import model_config
 
 TINY_MODEL = """
 hidden_size: 16

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from fastbert_hf.training.classifier import ModelArguments
-from fastbert_hf.training.finetuning import DataTrainingArguments
-from fastbert_hf.training.glue_runs import finetune_all
-from fastbert_hf.training.pretraining import PretrainingArguments
+from fastbert_hf.training.glue.classifier import ModelArguments
+from fastbert_hf.training.glue.finetuning import DataTrainingArguments
+from fastbert_hf.training.glue.runs import finetune_all
+from fastbert_hf.training.pretraining.run import PretrainingArguments
 
 
 def arguments(tiny, output_dir, **changes):

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.training.test_pretraining_processes import command, finish
 from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
 
 from fastbert_hf import FastBertConfig, FastBertForSequenceClassification, LeafFeedForward
@@ -22,10 +23,9 @@ from fastbert_hf.training.leaf_balance import (
     stop_counting,
 )
 from fastbert_hf.training.pretraining import pretrain
-from fastbert_hf.training.pretraining_model import model_config
+from fastbert_hf.training.pretraining.model import model_config
 from tests.training.conftest import TINY_MODEL
 from tests.training.runs import arguments, losses, run_all
-from tests.training.test_pretraining_processes import command, finish
 
 
 def rows(count=2000, seed=0):

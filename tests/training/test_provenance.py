@@ -7,7 +7,7 @@ import shutil
 import pytest
 from transformers import TrainingArguments
 
-from fastbert_hf.training.pretraining import pretrain
+from fastbert_hf.training.pretraining.run import pretrain
 from fastbert_hf.training.provenance import WITHOUT_EFFECT, Provenance, check_same_settings, training_settings
 from tests.training.runs import arguments
 

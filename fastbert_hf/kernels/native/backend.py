@@ -22,6 +22,7 @@ class NativeBackend:
     """
 
     name = "native"
+    max_depth = MAX_DEPTH
 
     def __init__(self):
         self._forward = self._backward = None
@@ -51,8 +52,8 @@ class NativeBackend:
             return f"it computes float32 and bfloat16, not {x.dtype}"
         if not (x.is_cpu and weight_in.is_cpu and weight_out.is_cpu):
             return f"it runs on the CPU, not on {x.device}"
-        if depth > MAX_DEPTH:
-            return f"depth is {depth}; at most {MAX_DEPTH}"
+        if depth > self.max_depth:
+            return f"depth is {depth}; at most {self.max_depth}"
         if x.layout is not torch.strided:
             return f"x has layout {x.layout}"
         return None
@@ -179,11 +180,11 @@ def _check_paths(grad_y: Tensor, x: Tensor, weight_out: Tensor, visited: Tensor,
         )
 
 
-def _raise_status(status: int) -> None:
+def _raise_status(status: int, paths: str = "visited does not hold paths") -> None:
     if status == STATUS_NO_MEMORY:
         raise MemoryError("the native FFF kernels could not allocate scratch memory")
     if status == STATUS_BAD_PATH:
-        raise ValueError("visited does not hold paths from the root to a leaf, as the op's forward returns them")
+        raise ValueError(f"{paths} from the root to a leaf, as the op's forward returns them")
     if status == STATUS_NO_DATA:
         raise ValueError(
             "a tensor has no memory of its own (torch._efficientzerotensor); expected one that has: clone it"

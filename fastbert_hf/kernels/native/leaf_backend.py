@@ -15,6 +15,8 @@ class NativeLeafBackend(NativeBackend):
     Results are as reproducible as those of `NativeBackend`.
     """
 
+    max_depth = 24  # as csrc/library.cpp
+
     def _load(self) -> None:
         library = load_library()
         self._backward, self._forward = library.fff_leaf_backward, library.fff_leaf_forward
@@ -82,7 +84,7 @@ class NativeLeafBackend(NativeBackend):
             self._load()
         _check_saved(grad_y, x, weight_out, leaves, deciders, margins, logits)
         (num_rows, trees, width), neurons = logits.shape, weight_in.shape[0]
-        depth = (neurons // (trees * width)).bit_length() - 1
+        depth = (neurons // max(1, trees * width)).bit_length() - 1
         inputs = (x, router, threshold, weight_in, bias_in, weight_out, bias_out)
         found = check_leaf_arguments(*inputs, trees, depth, activation)
         if found != width or leaves_per_tree(depth) * trees * width != neurons:
@@ -111,7 +113,7 @@ class NativeLeafBackend(NativeBackend):
             torch.get_num_threads(),
         )
         if status:
-            _raise_status(status)
+            _raise_status(status, "leaves and deciders do not hold paths")
         return gradients
 
 

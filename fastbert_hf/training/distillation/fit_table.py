@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastbert_hf.data.atomic import check_output_folder, write_text
 from fastbert_hf.data.corpus import check_corpus_files, read_documents
 from fastbert_hf.data.tables import SUFFIXES as TABLES
 from fastbert_hf.data.tables import read_rows
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.encoder_fastbert import FastBertDenseFeedForward
 from fastbert_hf.fff_reference import ACTIVATIONS
+from fastbert_hf.files import check_output_folder, write_text
 from fastbert_hf.training.distillation.activations import sample_inputs
 from fastbert_hf.training.distillation.layer_fit import (
     FitSettings,

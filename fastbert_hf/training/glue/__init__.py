@@ -1,0 +1,1 @@
+"""Fine-tuning on GLUE and on own data: one run, many runs, the table."""

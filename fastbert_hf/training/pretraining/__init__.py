@@ -1,0 +1,1 @@
+"""Pretraining: data, model, budget, the run itself, and its reports."""

@@ -1,0 +1,154 @@
+"""Finished pretraining runs side by side: what each model reached, and which differences exceed those of seeds."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoConfig
+
+from fastbert_hf.files import write_text
+from fastbert_hf.training.figures import plot_curves
+from fastbert_hf.training.pretraining.report import HISTORY
+
+AXES = {  # column of a history -> name on the axis, divisor, file
+    "processor_seconds": ("minutes of processor time", 60.0, "loss-against-time.png"),
+    "tokens": ("million tokens", 1e6, "loss-against-tokens.png"),
+}
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """One run.
+
+    Attributes:
+        model: what the model is called: trees by trees x depth, dense ones by width.
+        neurons: (used by a token, there in a layer).
+        summary: its summary.json.
+        curve: held-out losses in time: [{"eval_loss", "tokens", "processor_seconds", ...}].
+    """
+
+    model: str
+    neurons: tuple[int, int]
+    summary: dict[str, Any]
+    curve: list[dict[str, float]]
+
+
+def read_run(folder: str | Path) -> FinishedRun:
+    """Read the folder of a finished run.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    folder = Path(folder)
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        history = json.loads((folder / HISTORY).read_text(encoding="utf-8"))
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(folder)!r} holds no finished pretraining run: {error}") from error
+    trees = config.ffn_type == "fff"
+    name = f"FastBERT {config.fff_trees}x{config.fff_depth}" if trees else f"dense {config.intermediate_size}"
+    curve = [entry for entry in history if "eval_loss" in entry]
+    return FinishedRun(name, (config.neurons_per_token, config.neurons_per_layer), summary, curve)
+
+
+def by_model(runs: list[FinishedRun]) -> dict[str, list[FinishedRun]]:
+    """Group runs by model, in the order of their appearance.
+
+    Raises:
+        ValueError: two runs of one model have the same seed, or runs saw different text or had different budgets.
+    """
+    groups: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        groups.setdefault(run.model, []).append(run)
+    for name, group in groups.items():
+        seeds = [run.summary["seed"] for run in group]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{name} has two runs with the same seed: {sorted(seeds)}")
+    for key in ("budget", "sources", "validation_sequences", "unigram_loss"):
+        if len({json.dumps(run.summary[key], sort_keys=True) for run in runs}) > 1:
+            raise ValueError(f"the runs differ in {key}: they cannot be compared")
+    return groups
+
+
+def verdict(ours: list[float], theirs: list[float]) -> str:
+    """Say whether the losses of one model are lower than another's: only if they differ by more than seeds do.
+
+    Args:
+        ours, theirs: held-out losses, one a seed.
+
+    Returns:
+        "lower by ...", "higher by ..." or "tie": the means differ by no more than the larger spread of the two.
+    """
+    difference = float(np.mean(ours) - np.mean(theirs))
+    spread = max(np.ptp(ours), np.ptp(theirs))
+    if abs(difference) <= spread or min(len(ours), len(theirs)) < 2:
+        return "tie" if min(len(ours), len(theirs)) > 1 else "one seed"
+    return f"{'lower' if difference < 0 else 'higher'} by {abs(difference):.3f}"
+
+
+def comparison_table(groups: dict[str, list[FinishedRun]], baseline: str) -> str:
+    """A Markdown table, best model first.
+
+    Args:
+        groups: runs by model.
+        baseline: model that the others are compared with.
+    """
+    losses = {name: [run.summary["validation_loss"] for run in group] for name, group in groups.items()}
+    rows = []
+    for name in sorted(groups, key=lambda name: np.mean(losses[name])):
+        group = groups[name]
+        used, there = group[0].neurons
+        speed = np.median([run.summary["tokens_seen"] / max(run.summary["processor_seconds"], 0.1) for run in group])
+        each = ", ".join(f"{loss:.3f}" for loss in losses[name])
+        accuracy = np.mean([run.summary["validation_accuracy"] for run in group])
+        tokens = np.mean([run.summary["tokens_seen"] for run in group]) / 1e6
+        against = "" if name == baseline else verdict(losses[name], losses[baseline])
+        dead = [run.summary["dead_nodes"] for run in group if run.summary["dead_nodes"] is not None]
+        rows.append(
+            f"| {name} | {used} of {there} | {group[0].summary['parameters']:,} | {tokens:.1f} | {speed:,.0f} | "
+            f"{np.mean(losses[name]):.3f} ({each}) | {accuracy:.1%} | {', '.join(map(str, dead))} | {against} |"
+        )
+    head = (
+        "| model | neurons of a layer used | parameters | million tokens seen | tokens a second | "
+        f"held-out loss: mean (seeds) | accuracy | dead nodes | against {baseline} |"
+    )
+    return "\n".join([head, "|---|---|---|---|---|---|---|---|---|", *rows])
+
+
+def compare(folders: list[str], baseline: str | None, output_dir: str | Path) -> str:
+    """Write comparison.md, comparison.json and the two plots.
+
+    Args:
+        folders: output folders of finished runs.
+        baseline: model to compare with; default: the widest dense one.
+        output_dir: where to write.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: runs that cannot be compared, or an unknown baseline.
+    """
+    runs = [read_run(folder) for folder in folders]
+    groups = by_model(runs)
+    if baseline is None:
+        dense = [name for name in groups if name.startswith("dense")]
+        baseline = max(dense or groups, key=lambda name: groups[name][0].neurons[1])
+    if baseline not in groups:
+        raise ValueError(f"baseline must be one of {', '.join(groups)}; got {baseline!r}")
+    table = comparison_table(groups, baseline)
+    output_dir = Path(output_dir)
+    unigram = runs[0].summary["unigram_loss"]
+    write_text(output_dir / "comparison.md", f"{table}\n\nToken frequencies alone: {unigram:.3f}.\n")
+    kept = [{"model": run.model, "neurons": run.neurons, "summary": run.summary, "curve": run.curve} for run in runs]
+    write_text(output_dir / "comparison.json", json.dumps(kept, indent=1) + "\n")
+    for column, (label, divisor, file) in AXES.items():
+        lines = {
+            name: [[(point[column] / divisor, point["eval_loss"]) for point in run.curve] for run in group]
+            for name, group in groups.items()
+        }
+        plot_curves(output_dir / file, lines, label, "held-out loss in nats")
+    return table

@@ -1,0 +1,66 @@
+"""Comparing runs: what counts as a difference, and what may not be compared."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastbert_hf.training.pretraining.comparison import by_model, read_run, verdict
+from fastbert_hf.training.pretraining.run import pretrain
+from tests.training.runs import arguments
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+import compare_runs
+
+
+def test_a_difference_within_the_spread_of_seeds_is_a_tie():
+    assert verdict([2.0, 2.02], [2.01, 2.05]) == "tie"
+    assert verdict([2.0, 2.02], [2.10, 2.12]) == "lower by 0.100"
+    assert verdict([2.3, 2.32], [2.10, 2.12]) == "higher by 0.200"
+    assert verdict([2.0], [3.0, 3.1]) == "one seed"
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory):
+    """Folders of two seeds of a tree model and of its dense twin."""
+    folder = tmp_path_factory.mktemp("runs")
+    dense = folder / "dense.yaml"
+    dense.write_text(
+        (tiny / "model.yaml").read_text().replace("fff_depth: 2", "ffn_type: dense\nintermediate_size: 7")
+    )
+    made = []
+    for name, recipe in (("trees", tiny / "model.yaml"), ("dense", dense)):
+        for seed in (0, 1):
+            made.append(folder / f"{name}-{seed}")
+            changes = {"evaluations": 3, "seed": seed, "model_config": str(recipe), "save_strategy": "no"}
+            pretrain(*arguments(tiny, made[-1], **changes))
+    return made
+
+
+def test_the_table_and_the_plots_come_from_the_runs(runs, tmp_path):
+    table = compare_runs.main(["--runs", *map(str, runs), "--output_dir", str(tmp_path)])
+    assert "against dense 7" in table and "| FastBERT 1x2 | 3 of 7 |" in table
+    for folder in runs:
+        assert f"{json.loads((folder / 'summary.json').read_text())['validation_loss']:.3f}" in table
+    assert table in (tmp_path / "comparison.md").read_text()
+    for name in ("loss-against-time.png", "loss-against-tokens.png", "comparison.json"):
+        assert (tmp_path / name).stat().st_size > 0
+    kept = json.loads((tmp_path / "comparison.json").read_text())
+    assert [len(run["curve"]) for run in kept] == [3, 3, 3, 3]
+
+
+def test_runs_that_differ_in_text_budget_or_seed_are_not_compared(runs, tmp_path):
+    with pytest.raises(ValueError, match=r"two runs with the same seed: \[0, 0\]"):
+        by_model([read_run(runs[0]), read_run(runs[0])])
+    shutil.copytree(runs[0], tmp_path / "other")
+    summary = json.loads((tmp_path / "other" / "summary.json").read_text())
+    (tmp_path / "other" / "summary.json").write_text(json.dumps({**summary, "budget": {"max_steps": 9}, "seed": 5}))
+    with pytest.raises(ValueError, match="differ in budget"):
+        by_model([read_run(runs[0]), read_run(tmp_path / "other")])
+    with pytest.raises(ValueError, match="holds no finished pretraining run"):
+        read_run(tmp_path)
+    with pytest.raises(ValueError, match="baseline must be one of FastBERT 1x2, dense 7; got 'dense 8'"):
+        compare_runs.main(["--runs", *map(str, runs), "--output_dir", str(tmp_path), "--baseline", "dense 8"])

@@ -115,8 +115,7 @@ def prepare(
         The manifest, and whether an earlier preparation was reused.
 
     Raises:
-        ValueError: for text or a tokenizer that cannot be read, no text at all, too little held-out text, or
-            another corpus in `folder`.
+        ValueError: for text or a tokenizer that cannot be read, too little text, or another corpus in `folder`.
     """
     check_seq_length(settings.max_seq_length)
     if not validation:

@@ -145,7 +145,7 @@ def test_tokenized_datasets_pass_through(tokenizer, tmp_path, streaming):
     held = LocalFile(tmp_path / "set" / "train.parquet")
     source = HubDataset(str(tmp_path / "set"), streaming=streaming)
     prepare([source], [held], settings(tokenizer), tmp_path / "out")
-    assert np.array_equal(ids(tmp_path / "out"), rows) and np.array_equal(ids(tmp_path / "out", "validation"), rows)
+    assert all(np.array_equal(ids(tmp_path / "out", split), rows) for split in ("train", "validation"))
     with pytest.raises(ValueError, match="sequences of 16 to 16 tokens; max_seq_length is 32"):
         prepare([source], [held], settings(tokenizer, max_seq_length=32), tmp_path / "long")
     pyarrow.parquet.write_table(pyarrow.table({"input_ids": [[9999] * 16]}), tmp_path / "set" / "train.parquet")
@@ -369,10 +369,9 @@ def test_text_too_short_for_one_sequence_is_refused(text, tokenizer, tmp_path):
 def test_a_corpus_is_replaced_where_that_is_asked_for(text, tokenizer, tmp_path):
     prepare([LocalFile(text)], [], settings(tokenizer), tmp_path / "out")
     first, _ = prepare([LocalFile(text)], [], settings(tokenizer, max_seq_length=32), tmp_path / "other")
-    changed = prepare([LocalFile(text)], [], settings(tokenizer, max_seq_length=32), tmp_path / "out", replace=True)
-    assert changed == (first, False) and PreparedCorpus(tmp_path / "out").seq_length == 32
-    again = prepare([LocalFile(text)], [], settings(tokenizer, max_seq_length=32), tmp_path / "out", replace=True)
-    assert again == (first, True)
+    for reused in (False, True):
+        again = prepare([LocalFile(text)], [], settings(tokenizer, max_seq_length=32), tmp_path / "out", replace=True)
+        assert again == (first, reused) and PreparedCorpus(tmp_path / "out").seq_length == 32
 
 
 def test_a_tokenizer_that_moved_is_the_same(text, tokenizer, tmp_path):

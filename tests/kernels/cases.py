@@ -1,5 +1,6 @@
 """Problems for the kernels, and what they are compared with: the reference in float64."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -93,7 +94,7 @@ def make_leaf_problem(
     out_width=20,
     trees=1,
     depth=3,
-    leaf_width=5,
+    leaf_width=9,
     activation="gelu",
     bias=True,
     dtype=torch.float32,
@@ -126,7 +127,8 @@ def _draw(problem_type, form, sizes, activation, bias, dtype, seed):
     )
     for _ in range(100):
         wide = problem.double()
-        near = form.near_ties(wide.x, {name: getattr(wide, name) for name in form.parameter_names}, trees, depth)
+        with one_thread():
+            near = form.near_ties(wide.x, dict(zip(form.parameter_names, wide.tensors()[1:])), trees, depth)
         if width == 0 or not near.any():
             return problem
         problem.x[near] = normal(int(near.sum()), width)
@@ -189,11 +191,23 @@ def assert_close(actual: Tensor, expected: Tensor, what: str, scale: float) -> N
     )
 
 
+@contextmanager
+def one_thread():
+    """For the reference, whose small products wait for threads longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def check(backend, problem: Problem) -> None:
     """Output, paths, logits and every gradient against the reference in float64."""
     wide = problem.double()
     y, *saved = backend.forward(problem.x, *problem.parameters())
-    expected_y, *expected_saved = problem.reference_forward(wide.x, *wide.parameters())
+    with one_thread():
+        expected_y, *expected_saved = problem.reference_forward(wide.x, *wide.parameters())
     scales = problem.scales(expected_saved[-1])
     assert y.dtype == problem.x.dtype
     for actual, wanted in zip(saved, expected_saved, strict=True):
@@ -206,7 +220,9 @@ def check(backend, problem: Problem) -> None:
     assert torch.equal(backend.infer(problem.x, *problem.parameters()), y)
     gradients = problem.backward(backend, saved)
     given = [t.double() if t.is_floating_point() else t for t in saved]
-    expected = wide.reference_backward(wide.grad_y, *wide.tensors(), *given, problem.activation, problem.output_mask)
+    call = (wide.grad_y, *wide.tensors(), *given, problem.activation, problem.output_mask)
+    with one_thread():
+        expected = problem.reference_backward(*call)
     for name, actual, wanted in zip(problem.names, gradients, expected, strict=True):
         assert (actual is None) == (wanted is None), name
         if actual is not None:

@@ -22,14 +22,14 @@ DTYPES = (torch.float32, torch.bfloat16)
 # at a leaf than a task takes (64), many trees
 SHAPES = [
     (0, 8, 8, 1, 2, 3),
-    (1, 768, 768, 1, 5, 96),
+    (1, 768, 768, 1, 2, 96),
     (1, 33, 31, 1, 12, 1),
     (2, 16, 16, 2, 3, 7),
     (2, 1, 1, 1, 0, 1),
     (3, 1, 1, 1, 1, 192),
     (4, 33, 31, 1, 12, 1),
     (5, 7, 9, 64, 1, 7),
-    (9, 65, 33, 2, 11, 1),
+    (9, 65, 33, 2, 7, 1),
     (40, 130, 257, 2, 2, 7),
     (70, 24, 17, 40, 0, 1),
     (90, 500, 470, 1, 1, 13),
@@ -269,30 +269,19 @@ def test_saved_tensors_of_another_shape_dtype_or_device_raise(native_leaves):
     for index, name in enumerate(("leaves", "deciders", "margins", "logits")):
         tensor = saved[index]
         wrong_dtype = tensor.long() if tensor.dtype == torch.int32 else tensor.double()
-        for bad in (
-            tensor[:-1],
-            tensor[:, :1],
-            tensor.unsqueeze(0),
-            tensor.flatten(),
-            wrong_dtype,
-            tensor.to("meta"),
-        ):
+        wrong_shapes = (tensor[:-1], tensor[:, :1], tensor.unsqueeze(0), tensor.flatten())
+        for bad in (*wrong_shapes, wrong_dtype, tensor.to("meta")):
             call = [*saved[:index], bad, *saved[index + 1 :]]
-            with pytest.raises(ValueError, match="expected"):
+            with pytest.raises(ValueError, match=f"{name if index < 3 else ''}.* is .*expected"):
                 problem.backward(native_leaves, call)
-            assert name
-    for width in (0, 1, 4, 6):
+    for width in (0, 1, 8, 10):
         with pytest.raises(ValueError, match="expected"):
             problem.backward(native_leaves, [*saved[:3], saved[3].new_zeros(6, 2, width)])
     no_trees = [t[:, :0] for t in saved]
     with pytest.raises(ValueError, match="expected"):
         problem.backward(native_leaves, no_trees)
-    for bad_grad_y in (
-        problem.grad_y[:-1],
-        problem.grad_y.double(),
-        problem.grad_y.to("meta"),
-        problem.grad_y[:, 1:],
-    ):
+    grad_y = problem.grad_y
+    for bad_grad_y in (grad_y[:-1], grad_y.double(), grad_y.to("meta"), grad_y[:, 1:]):
         problem.grad_y = bad_grad_y
         with pytest.raises(ValueError, match="grad_y is"):
             problem.backward(native_leaves, saved)

@@ -2,71 +2,96 @@
 
 import os
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fastbert_hf import FastFeedForward, fff, use_backend
-from fastbert_hf.fff_op import select_backend
+from fastbert_hf.backends_fastbert import BACKENDS, backend_for, use_backend
 from fastbert_hf.kernels.native import build, library
-from tests.kernels.cases import make_problem
+from tests.forms import FORMS, LEAVES, NODES
+from tests.kernels.cases import check, make_leaf_problem, make_problem
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def forward_and_gradients(native, problem):
-    y, visited, logits = native.forward(problem.x, *problem.parameters())
-    gradients = native.backward(
-        problem.grad_y,
-        problem.x,
-        problem.weight_in,
-        problem.bias_in,
-        problem.weight_out,
-        visited,
-        logits,
-        problem.activation,
-        problem.output_mask,
-    )
-    return [y, visited, logits, *gradients]
+@pytest.fixture(params=FORMS)
+def form(request):
+    return FORMS[request.param]
+
+
+@pytest.fixture
+def backend(native, form):
+    """The native backend of one form of tree, and two threads."""
+    return BACKENDS[form.name]["native"]
+
+
+def make(form, *shape, **options):
+    """A problem of either form."""
+    return (make_problem if form is NODES else make_leaf_problem)(*shape, **options)
+
+
+# with the leaf width last where they are leaf trees
+THREADED = [
+    (NODES, (9, 40, 24, 1, 3)),
+    (NODES, (700, 96, 200, 1, 8)),
+    (NODES, (1200, 40, 24, 3, 5)),
+    (NODES, (90, 16, 16, 40, 0)),
+    (LEAVES, (1, 96, 200, 2, 2, 300)),
+    (LEAVES, (2, 96, 200, 1, 0, 300)),
+    (LEAVES, (300, 48, 130, 2, 3, 50)),
+    (LEAVES, (600, 24, 33, 2, 5, 7)),
+    (LEAVES, (40, 16, 16, 30, 0, 11)),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "shape", [(9, 40, 24, 1, 3), (700, 96, 200, 1, 8), (1200, 40, 24, 3, 5), (90, 16, 16, 40, 0)]
-)
-def test_thread_count_changes_no_bit(native, instruction_set, shape, dtype):
-    problem = make_problem(*shape, dtype=dtype)
+@pytest.mark.parametrize(("form", "shape"), THREADED, ids=lambda value: getattr(value, "name", str(value)))
+def test_thread_count_changes_no_bit(backend, form, instruction_set, shape, dtype):
+    problem = make(form, *shape, dtype=dtype)
     results = []
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
-        results.append(forward_and_gradients(native, problem))
+        results.append(problem.results(backend))
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+SPLIT = [
+    (NODES, (40, 50, 70, 1, 3)),
+    (NODES, (1100, 96, 80, 1, 7)),
+    (NODES, (300, 24, 40, 5, 4)),
+    (NODES, (20, 16, 24, 30, 0)),
+    (LEAVES, (40, 50, 70, 1, 3, 9)),
+    (LEAVES, (500, 31, 33, 2, 2, 50)),
+    (LEAVES, (300, 500, 40, 1, 4, 7)),
+    (LEAVES, (150, 24, 40, 1, 0, 13)),
+    (LEAVES, (20, 16, 24, 30, 1, 1)),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "shape", [(40, 50, 70, 1, 3), (1100, 96, 80, 1, 7), (300, 24, 40, 5, 4), (20, 16, 24, 30, 0)]
-)
-def test_a_row_does_not_depend_on_its_neighbours(native, instruction_set, shape, dtype):
-    problem = make_problem(*shape, dtype=dtype)
-    y, visited, logits = native.forward(problem.x, *problem.parameters())
-    for begin, end in [(0, 1), (3, 4), (5, 7), (2, 11), (1, shape[0]), (shape[0] // 2, shape[0])]:
-        part = native.forward(problem.x[begin:end], *problem.parameters())
-        assert torch.equal(part[0], y[begin:end])
-        assert torch.equal(part[1], visited[begin:end])
-        assert torch.equal(part[2], logits[begin:end])
+@pytest.mark.parametrize(("form", "shape"), SPLIT, ids=lambda value: getattr(value, "name", str(value)))
+def test_a_row_does_not_depend_on_its_neighbours(backend, form, instruction_set, shape, dtype):
+    problem, rows = make(form, *shape, dtype=dtype), shape[0]
+    y, *saved = backend.forward(problem.x, *problem.parameters())
+    problem.output_mask = [True] + [False] * (len(problem.names) - 1)
+    grad_x = problem.backward(backend, saved)[0]
+    for begin, end in [(0, 1), (3, 4), (5, 7), (2, 11), (1, rows), (rows // 2, rows)]:
+        part = replace(problem, x=problem.x[begin:end], grad_y=problem.grad_y[begin:end])
+        part_y, *part_saved, part_grad_x = (result for result in part.results(backend) if result is not None)
+        assert torch.equal(part_y, y[begin:end]) and torch.equal(part_grad_x, grad_x[begin:end])
+        assert all(torch.equal(a, b[begin:end]) for a, b in zip(part_saved, saved, strict=True))
 
 
-def test_python_threads_do_not_disturb_each_other(native):
-    problems = [make_problem(200 + 10 * i, 40, 40, 2, 5, seed=i) for i in range(6)]
-    expected = [forward_and_gradients(native, problem) for problem in problems]
+def test_python_threads_do_not_disturb_each_other(backend, form):
+    problems = [make(form, 200 + 10 * i, 40, 40, 2, 4, seed=i) for i in range(6)]
+    expected = [problem.results(backend) for problem in problems]
     failures = []
 
     def work(problem, wanted):
         for _ in range(10):
-            results = forward_and_gradients(native, problem)
-            if not all(torch.equal(a, b) for a, b in zip(results, wanted)):
+            if not all(torch.equal(a, b) for a, b in zip(problem.results(backend), wanted)):
                 failures.append(problem)
 
     workers = [threading.Thread(target=work, args=pair) for pair in zip(problems, expected)]
@@ -79,16 +104,16 @@ def test_python_threads_do_not_disturb_each_other(native):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:This process")
-def test_a_forked_child_computes_the_same(native):
+def test_a_forked_child_computes_the_same(backend, form):
     """The parent has used its OpenMP threads; the child does not have them, and must not wait for them."""
-    problem = make_problem(600, 40, 40, 1, 6)
-    expected = forward_and_gradients(native, problem)
+    problem = make(form, 600, 40, 40, 1, 6)
+    expected = problem.results(backend)
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            y = native.infer(problem.x, *problem.parameters())
-            status = 0 if torch.equal(y, expected[0]) else 2
+            results = problem.results(backend)
+            status = 0 if all(torch.equal(a, b) for a, b in zip(results, expected)) else 2
         finally:
             os._exit(status)
     for _ in range(600):
@@ -104,17 +129,16 @@ def test_a_forked_child_computes_the_same(native):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opcheck_passes(native, dtype):
-    problem = make_problem(6, 12, 10, 2, 3, dtype=dtype)
-    tensors = [problem.x, problem.weight_in, problem.bias_in, problem.weight_out]
-    arguments = (*(t.clone().requires_grad_() for t in tensors), 2, 3, "gelu")
+def test_opcheck_passes(native, form, dtype):
+    problem = make(form, 6, 12, 10, 2, 3, dtype=dtype)
+    arguments = (*(t.clone().requires_grad_() for t in problem.tensors()), 2, 3, "gelu")
     with use_backend("native"):
-        torch.library.opcheck(torch.ops.fastbert.fff_v1, arguments)
+        torch.library.opcheck(form.op, arguments)
 
 
-def test_compiled_layer_matches_eager(native):
+def test_compiled_layer_matches_eager(native, form):
     torch.manual_seed(0)
-    layer = FastFeedForward(16, 12, 3, trees=2)
+    layer = form.layer(16, 12, 3, trees=2)
     x = torch.randn(2, 5, 16)
     with use_backend("native"):
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -128,8 +152,8 @@ def test_compiled_layer_matches_eager(native):
         assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
-def test_training_step_under_autocast_runs_in_bfloat16(native):
-    layer = FastFeedForward(16, 16, 3)
+def test_training_step_under_autocast_runs_in_bfloat16(native, form):
+    layer = form.layer(16, 16, 3)
     with use_backend("native"), torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(torch.randn(4, 16))
         assert y.dtype == torch.bfloat16
@@ -146,11 +170,11 @@ def test_training_step_under_autocast_runs_in_bfloat16(native):
     ],
     ids=str,
 )
-def test_declines_with_a_reason(native, change, reason):
+def test_declines_with_a_reason(backend, form, change, reason):
     x, weight = torch.zeros(2, 4, **change), torch.zeros(7, 4, **change)
-    assert reason in native.supports(x, weight, weight, 1, 2, "gelu")
+    assert reason in backend.supports(x, weight, weight, 1, 2, "gelu")
     with use_backend("native"), pytest.raises(ValueError, match=reason):
-        select_backend(x, weight, weight, 1, 2, "gelu")
+        backend_for(form.name, x, weight, weight, 1, 2, "gelu")
 
 
 def test_wrong_arguments_raise(native):
@@ -183,13 +207,12 @@ def test_wrong_arguments_raise(native):
             native.backward(problem.grad_y, *rest, bad, logits, "gelu", [True] * 4)
 
 
-def test_empty_widths_work(native):
+def test_empty_widths_work(backend, form):
     for width, out_width in ((0, 4), (4, 0), (0, 0)):
         for dtype in DTYPES:
             for rows in (1, 5):
-                problem = make_problem(rows, width, out_width, 2, 2, dtype=dtype)
-                results = forward_and_gradients(native, problem)
-                assert results[0].shape == (rows, out_width)
+                problem = make(form, rows, width, out_width, 2, 2, dtype=dtype)
+                check(backend, problem)
 
 
 def test_instruction_set_comes_from_the_environment(native_library, monkeypatch):
@@ -223,10 +246,20 @@ def test_torchs_openmp_runtime_is_used(native_library):
     assert any(runtime.startswith(torch_library) for runtime in runtimes) or len(runtimes) == 1
 
 
-def test_layer_uses_native_by_default(native):
-    layer = FastFeedForward(8, 8, 2)
-    assert select_backend(torch.zeros(1, 8), layer.weight_in, layer.weight_out, 1, 2, "gelu").name == "native"
-    x = torch.randn(3, 8)
+def test_layer_uses_native_by_default(backend, form):
+    layer = form.layer(8, 8, 2)
+    x, *parameters = form.inputs(3, 8, 8, 1, 2, dtype=torch.float32)
+    assert backend_for(form.name, x, layer.weight_in, layer.weight_out, 1, 2, "gelu") is backend
     with torch.no_grad():
-        direct = fff(x, layer.weight_in, layer.bias_in, layer.weight_out, 1, 2)
-    assert torch.equal(direct, layer(x))
+        for parameter, value in zip((getattr(layer, name) for name in form.parameter_names), parameters):
+            parameter.copy_(value)
+        assert torch.equal(form.function(x, *parameters, 1, 2), layer(x))
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_a_tensor_without_memory_is_refused(backend, form, index):
+    problem = make(form, 3, 8, 8, 1, 2)
+    name = ("x", "weight_in", "weight_out", form.parameter_names[0])[index]
+    setattr(problem, name, torch._efficientzerotensor(getattr(problem, name).shape))
+    with pytest.raises(ValueError, match="no memory of its own"):
+        backend.infer(problem.x, *problem.parameters())

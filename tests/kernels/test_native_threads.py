@@ -86,15 +86,6 @@ def test_the_library_refuses_more_rows_than_it_can_number(native_library):
     assert backend_module.MAX_BACKWARD_ROWS == 2**31 - 1
 
 
-@pytest.mark.parametrize("index", [0, 1, 3])
-def test_a_tensor_without_memory_is_refused(native, index):
-    problem = make_problem(3, 8, 8, 1, 2)
-    call = [problem.x, problem.weight_in, problem.bias_in, problem.weight_out]
-    call[index] = torch._efficientzerotensor(call[index].shape)
-    with pytest.raises(ValueError, match="no memory of its own"):
-        native.infer(*call, 1, 2, "gelu")
-
-
 def test_the_backend_names_its_instruction_set_and_threads(native, instruction_set, monkeypatch):
     torch.set_num_threads(2)
     assert native.describe() == f"instruction set {instruction_set}, up to 2 threads of torch"

@@ -36,6 +36,12 @@ def test_defaults_are_the_published_model():
         ({"pad_token_id": 32768}, "pad_token_id is 32768; expected None or a value between 0 and vocab_size - 1"),
         ({"dense_gated": True}, "only 'dense' blocks are gated"),
         ({"vocab_size": 0, "pad_token_id": None}, "vocab_size is 0"),
+        ({"fff_leaf_width": 0}, "fff_leaf_width is 0; expected at least 1"),
+        ({"fff_leaf_width": -4}, "fff_leaf_width is -4; expected at least 1"),
+        ({"fff_leaf_width": 2.5}, "fff_leaf_width"),
+        ({"fff_leaf_width": "8"}, "fff_leaf_width"),
+        ({"fff_leaf_width": 8, "fff_depth": 13}, "fff_depth is 13; expected at most 12 for leaf trees"),
+        ({"fff_leaf_width": 8, "ffn_type": "dense"}, "fff_leaf_width is 8 with ffn_type 'dense'; only 'fff' layers"),
     ],
 )
 def test_wrong_values_raise_a_value_error_that_names_value_and_range(fields, message):
@@ -66,6 +72,8 @@ def test_a_stored_configuration_is_checked_and_round_trips(tmp_path):
 def test_neurons_are_counted():
     assert FastBertConfig(fff_depth=9, fff_trees=2).neurons_per_token == 20
     assert FastBertConfig(fff_depth=9, fff_trees=2).neurons_per_layer == 2046
+    leaves = FastBertConfig(fff_depth=5, fff_trees=2, fff_leaf_width=96)
+    assert (leaves.neurons_per_token, leaves.neurons_per_layer) == (192, 6144)
     dense = FastBertConfig(ffn_type="dense", intermediate_size=511)
     assert dense.neurons_per_token == dense.neurons_per_layer == 511
 

@@ -45,6 +45,7 @@ BERT_GEOMETRY = {
     "decoder_bias": True,
     "classifier_head_dim": 32,
 }
+LEAF_TREES = {"fff_leaf_width": 5}
 HEADS = [
     AutoModel,
     AutoModelForMaskedLM,
@@ -78,7 +79,11 @@ def batch(auto_class=AutoModelForMaskedLM, rows=3, tokens=12, seed=1):
     return inputs
 
 
-@pytest.mark.parametrize("geometry", [{}, BERT_GEOMETRY, {"ffn_type": "dense"}], ids=["crammed", "bert", "dense"])
+@pytest.mark.parametrize(
+    "geometry",
+    [{}, BERT_GEOMETRY, {"ffn_type": "dense"}, LEAF_TREES],
+    ids=["crammed", "bert", "dense", "leaves"],
+)
 @pytest.mark.parametrize("auto_class", HEADS)
 def test_every_class_is_registered_trains_saves_and_loads(tmp_path, auto_class, geometry):
     model = build(auto_class, **geometry)
@@ -114,8 +119,10 @@ def test_eager_and_sdpa_attention_agree_and_weights_are_returned(geometry):
     assert isinstance(model(**inputs, return_dict=False), tuple)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    model = build(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, embedding_dropout_prob=0.0).train()
+@pytest.mark.parametrize("geometry", [{}, LEAF_TREES], ids=["nodes", "leaves"])
+def test_gradient_checkpointing_gives_the_same_gradients(geometry):
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "embedding_dropout_prob": 0.0}
+    model = build(**no_dropout, **geometry).train()
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -239,7 +246,7 @@ def test_padding_receives_no_gradient_from_the_input_side():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("geometry", [{}, BERT_GEOMETRY])
+@pytest.mark.parametrize("geometry", [{}, BERT_GEOMETRY, LEAF_TREES])
 def test_the_whole_model_runs_in_half_precision(tmp_path, dtype, geometry):
     build(**geometry).save_pretrained(tmp_path)
     model = FastBertForMaskedLM.from_pretrained(tmp_path, dtype=dtype).train()

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.training.test_pretraining_processes import command, finish
+from tests.training.pretraining.test_processes import command, finish
 from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
 
 from fastbert_hf import FastBertConfig, FastBertForSequenceClassification, LeafFeedForward

@@ -80,9 +80,11 @@ class LayerFitArguments:
         check_balance(self.balance_leaves)
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive; got {self.learning_rate}")
-        check_corpus_files(
-            [file for file in self.train_file + self.other_file if Path(file).suffix not in TABLE_SUFFIXES]
-        )
+        for file in self.train_file + self.other_file:
+            if Path(file).suffix not in TABLE_SUFFIXES:
+                check_corpus_files([file])
+            elif not Path(file).is_file():
+                raise ValueError(f"data file {file!r} does not exist")
         check_output_folder(self.output_dir)
 
     @property

@@ -103,7 +103,7 @@ class PretrainingArguments(CorpusArguments):
     )
     balance_leaves: float = field(
         default=0.0,
-        metadata={"help": "rate at which leaf trees' thresholds follow the median of their rows, 0: never"},
+        metadata={"help": "rate at which leaf trees' thresholds follow medians, e.g. 0.5; 0: never"},
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "remove the checkpoints in output_dir instead of resuming from them"}
@@ -253,9 +253,8 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     if not math.isfinite(metrics["eval_loss"]):
         raise ValueError(f"training diverged: the held-out loss is {metrics['eval_loss']}; try a lower learning rate")
     save_model(trainer, tokenizer)
-    summary = write_pretraining_report(
-        trainer, options, data, {"train_loss": train_loss, "resumed_from": checkpoint, **metrics}
-    )
+    metrics |= {"train_loss": train_loss, "resumed_from": checkpoint}
+    summary = write_pretraining_report(trainer, options, data, metrics)
     publish(trainer)
     return model, summary
 

@@ -170,6 +170,8 @@ def test_the_table_is_written_and_the_activations_are_removed(bert, tiny, tmp_pa
     assert "| leaf:2x4 | 4 |" in (tmp_path / "out" / "layer-fit.md").read_text()
     again = fit_table(options(bert, tiny, tmp_path / "again"))
     assert [row["unexplained"] for row in again] == [row["unexplained"] for row in results]
+    tables = {"train_file": [str(tmp_path / "pairs.jsonl")], "other_file": [str(tmp_path / "pairs.jsonl")]}
+    assert fit_table(options(bert, tiny, tmp_path / "tables", **tables, forms=["dense:1"]))[0]["neurons"] == 1
 
 
 @pytest.mark.parametrize(
@@ -180,6 +182,7 @@ def test_the_table_is_written_and_the_activations_are_removed(bert, tiny, tmp_pa
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"balance_leaves": -1.0}, "0 or above; got -1"),
         ({"train_file": ["absent.txt"]}, "'absent.txt' does not exist"),
+        ({"other_file": ["absent.jsonl"]}, "'absent.jsonl' does not exist"),
         ({"layer": 2}, "layer is 2; expected 0 to 1"),
     ],
 )

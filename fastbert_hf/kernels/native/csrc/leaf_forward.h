@@ -179,7 +179,7 @@ template <class E>
 static Status leaf_forward_few(const LeafShape& s, const LeafForwardTensors& tensors, const Route* routes) {
   const int64_t w = s.leaf_width, padded = padded_width(s.out_width), paths = s.num_rows * s.trees;
   const int64_t padded_in = E::kIsFloat ? 0 : padded_width(s.in_width);
-  Scratch<float> hidden(paths * w), wide(s.num_rows * padded), wide_x(max64(1, s.num_rows * padded_in));
+  Scratch<float> hidden(paths * w), wide(max64(1, s.num_rows * padded)), wide_x(max64(1, s.num_rows * padded_in));
   Scratch<float> between(max64(1, wide_floats<E>(s, s.num_rows, s.out_width)));
   Scratch<const typename E::type*> weights(paths * w);
   if (hidden.missing() || wide.missing() || wide_x.missing() || between.missing() || weights.missing())

@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.training.pretraining.test_processes import command, finish
 from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
 
 from fastbert_hf import FastBertConfig, FastBertForSequenceClassification, LeafFeedForward
@@ -22,9 +21,10 @@ from fastbert_hf.training.leaf_balance import (
     start_counting,
     stop_counting,
 )
-from fastbert_hf.training.pretraining import pretrain
 from fastbert_hf.training.pretraining.model import model_config
+from fastbert_hf.training.pretraining.run import pretrain
 from tests.training.conftest import TINY_MODEL
+from tests.training.pretraining.test_processes import command, finish
 from tests.training.runs import arguments, losses, run_all
 
 

@@ -12,6 +12,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from .fff_reference import MAX_DEPTH, nodes_per_tree
+from .leaf_reference import MAX_LEAF_DEPTH, leaves_per_tree
+
 logger = logging.get_logger(__name__)
 
 # how alike an unknown key and a field are when the key is taken for a misspelling: `ffn_depth` is 0.89,
@@ -196,8 +199,8 @@ class FastBertConfig(PreTrainedConfig):
         if self.ffn_type != "fff":
             return self.intermediate_size
         if self.fff_leaf_width is not None:
-            return self.fff_trees * 2**self.fff_depth * self.fff_leaf_width
-        return self.fff_trees * (2 ** (self.fff_depth + 1) - 1)
+            return self.fff_trees * leaves_per_tree(self.fff_depth) * self.fff_leaf_width
+        return self.fff_trees * nodes_per_tree(self.fff_depth)
 
     def validate_ranges(self):
         """Numbers outside their range."""
@@ -207,7 +210,7 @@ class FastBertConfig(PreTrainedConfig):
             "num_hidden_layers": (0, None),
             "num_attention_heads": (1, None),
             "max_position_embeddings": (1, None),
-            "fff_depth": (0, 24),
+            "fff_depth": (0, MAX_DEPTH),
             "fff_leaf_width": (1, None),
             "fff_trees": (1, None),
             "intermediate_size": (1, None),
@@ -246,8 +249,8 @@ class FastBertConfig(PreTrainedConfig):
                 f"fff_leaf_width is {self.fff_leaf_width} with ffn_type {self.ffn_type!r}; "
                 "only 'fff' layers have leaves"
             )
-        if self.fff_leaf_width is not None and self.fff_depth > 12:
-            raise ValueError(f"fff_depth is {self.fff_depth}; expected at most 12 for leaf trees")
+        if self.fff_leaf_width is not None and self.fff_depth > MAX_LEAF_DEPTH:
+            raise ValueError(f"fff_depth is {self.fff_depth}; expected at most {MAX_LEAF_DEPTH} for leaf trees")
         if self.dense_gated and self.ffn_type != "dense":
             raise ValueError(f"dense_gated is True with ffn_type {self.ffn_type!r}; only 'dense' blocks are gated")
 

@@ -5,9 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from .fff_op import fff
-from .fff_reference import ACTIVATIONS, nodes_per_tree
-
-MAX_DEPTH = 24  # 33 million nodes a tree
+from .fff_reference import ACTIVATIONS, MAX_DEPTH, nodes_per_tree
 
 
 def check_sizes(activation: str, **sizes: tuple[int, int, int | None]) -> None:

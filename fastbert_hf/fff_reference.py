@@ -21,6 +21,7 @@ GATHERED_ROWS = 512
 # float32 values are 50 MB a level.
 GATHERED_BYTES = 256 << 20
 
+MAX_DEPTH = 24  # of a layer's trees: 33 million nodes a tree
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACTIVATIONS = {
     "gelu": F.gelu,

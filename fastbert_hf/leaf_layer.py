@@ -6,9 +6,8 @@ from torch import Tensor, nn
 
 from .fff_layer import check_sizes
 from .leaf_op import leaf_trees
-from .leaf_reference import confidence_of, leaves_per_tree
+from .leaf_reference import MAX_LEAF_DEPTH, confidence_of, leaves_per_tree
 
-MAX_LEAF_DEPTH = 12  # 4096 leaves a tree
 ROUTER_SCALE = 4.0  # standard deviation of a router's logit for rows of unit variance
 
 

@@ -23,6 +23,8 @@ from .fff_reference import (
     step_down,
 )
 
+MAX_LEAF_DEPTH = 12  # of a layer's trees: 4096 leaves a tree
+
 
 def leaves_per_tree(depth: int) -> int:
     """Number m of leaves of a tree of depth `depth`: 2^depth. It has one router fewer."""

@@ -19,8 +19,8 @@ import torch
 import train_tokenizer
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, pipeline
 
-from fastbert_hf.data.corpus import is_held_out
 from fastbert_hf.data.documentation import Document, documentation_corpus
+from fastbert_hf.data.preparation import is_held_out
 from fastbert_hf.files import check_output_folder, write_text
 from fastbert_hf.training.arguments import RecipeArgumentParser, run_command
 

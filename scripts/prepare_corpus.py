@@ -24,7 +24,7 @@ class SourceArguments:
 
     output_dir: str = field(metadata={"help": "folder for shards, tokenizer and manifest"})
     train_file: list[str] = field(
-        default_factory=list, metadata={"help": "files: .txt and .jsonl, also .xz or .zst, and .parquet"}
+        default_factory=list, metadata={"help": "files: .txt and .jsonl, also .gz, .xz or .zst, and .parquet"}
     )
     validation_file: list[str] = field(
         default_factory=list, metadata={"help": "held-out files; without them part of the text is held out"}

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastbert_hf.data.corpus import read_documents
+from fastbert_hf.data.readers import read_documents
 from fastbert_hf.data.tokenizer import save_tokenizer, train_wordpiece
 from fastbert_hf.files import check_output_folder
 from fastbert_hf.training.arguments import RecipeArgumentParser, run_command
@@ -18,7 +18,7 @@ from fastbert_hf.training.arguments import RecipeArgumentParser, run_command
 class TokenizerArguments:
     """Options of this script."""
 
-    train_file: list[str] = field(metadata={"help": "text files (.txt, .xz), one document a line"})
+    train_file: list[str] = field(metadata={"help": "text files (.txt, also .gz, .xz or .zst), one document a line"})
     output_dir: str = field(metadata={"help": "folder that AutoTokenizer will load"})
     vocab_size: int = field(default=32768, metadata={"help": "entries, the five special tokens included"})
     lowercase: bool = field(default=True, metadata={"help": "lower the case and strip accents"})

@@ -17,6 +17,7 @@ from fastbert_hf.benchmarks.rows import Row, make_rows
 from fastbert_hf.benchmarks.timing import Stopwatch, interleaved, wall_seconds
 from fastbert_hf.fff_layer import FastFeedForward
 from fastbert_hf.fff_op import BACKENDS, fff, use_backend
+from fastbert_hf.fff_reference import nodes_per_tree
 
 TIE_MARGIN = 1e-4  # rows with a logit nearer to 0 may take either path: they are left out of the check
 WIDTH = 768
@@ -59,7 +60,7 @@ class LayerProblem:
         """What the walk needs at least: every used byte once, every multiplication and addition."""
         rows, width = self.x.shape
         first_row = torch.arange(self.layer.trees, device=self.visited.device).view(1, -1, 1) * (
-            2 ** (self.layer.depth + 1) - 1
+            nodes_per_tree(self.layer.depth)
         )
         used_rows = (self.visited + first_row).unique().numel()
         num_bytes = (2 * rows * width + 2 * used_rows * width) * self.x.element_size()

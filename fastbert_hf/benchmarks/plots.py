@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fastbert_hf.benchmarks.rows import Row
+from fastbert_hf.fff_reference import nodes_per_tree
 
 
 def plot_time_per_token(rows: list[Row], path: Path) -> None:
@@ -45,7 +46,7 @@ def plot_speedup_against_depth(rows: list[Row], path: Path) -> None:
             if chosen:
                 axis.plot(*zip(*sorted(chosen)), marker="o", markersize=3, label=entry)
         depths = sorted({int(row.case.split("x")[1]) for row in rows})
-        limit = [(2 ** (depth + 1) - 1) / (depth + 1) for depth in depths]
+        limit = [nodes_per_tree(depth) / (depth + 1) for depth in depths]
         axis.plot(depths, limit, linestyle=":", color="grey", label="arithmetic limit")
         axis.set(yscale="log", xlabel="depth D", ylabel="speed-up over dense", title=f"{count} thread(s)")
         axis.grid(alpha=0.3)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastbert_hf.data.tables import SUFFIXES, read_rows
+from fastbert_hf.data.readers import TABLE_SUFFIXES, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -357,7 +357,7 @@ def load_glue(
 
 
 def _split_file(folder: Path, split: str, task: Task, needed: bool = True) -> Path | None:
-    files = [folder / f"{split}{suffix}" for suffix in SUFFIXES]
+    files = [folder / f"{split}{suffix}" for suffix in TABLE_SUFFIXES]
     found = [file for file in files if file.is_file()]
     if len(found) > 1:
         raise ValueError(

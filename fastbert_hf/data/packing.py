@@ -4,8 +4,6 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
 from fastbert_hf.data.pieces import Cut, cut_for, pieces
 
@@ -26,28 +24,6 @@ def check_seq_length(seq_length: int) -> None:
     """
     if seq_length < 8:
         raise ValueError(f"max_seq_length must be at least 8; got {seq_length}")
-
-
-class PackedSequences(Dataset):
-    """Equal-length sequences of token ids.
-
-    Args:
-        input_ids: (S, T) integer array, S sequences of T tokens.
-    """
-
-    def __init__(self, input_ids: np.ndarray):
-        self.input_ids = input_ids
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """One sequence: {"input_ids": (T,) int64}."""
-        return {"input_ids": torch.from_numpy(self.input_ids[index].astype(np.int64))}
-
-    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        """Several sequences at once, as a DataLoader asks for them: {"input_ids": (B, T) int64}."""
-        return {"input_ids": torch.from_numpy(self.input_ids[indices].astype(np.int64))}
 
 
 def tokenize(
@@ -122,15 +98,11 @@ class Packer:
     Args:
         tokenizer: a tokenizer with a cls token.
         seq_length: tokens per sequence T, [CLS] included.
-
-    Attributes:
-        tokens: how many came in.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", seq_length: int):
         check_seq_length(seq_length)
         self.cls_token_id, self.seq_length = tokenizer.cls_token_id, seq_length
-        self.tokens = 0
 
     def pack(self, documents: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Pack documents.
@@ -145,7 +117,6 @@ class Packer:
         waiting: list[np.ndarray] = []
         size = 0
         for ids in documents:
-            self.tokens += len(ids)
             waiting.append(ids)
             size += len(ids)
             if size >= body * SEQUENCES_AT_ONCE:
@@ -160,32 +131,3 @@ class Packer:
         rows = tokens.reshape(-1, self.seq_length - 1)  # (S*(T-1),) -> (S, T-1)
         cls_column = np.full((len(rows), 1), self.cls_token_id, dtype=np.int32)
         return np.concatenate([cls_column, rows], axis=1)  # (S, T)
-
-
-def pack_documents(
-    documents: Iterable[str],
-    tokenizer: "PreTrainedTokenizerBase",
-    seq_length: int,
-    progress: bool = False,
-    name: str = "corpus",
-) -> PackedSequences:
-    """Tokenize and pack documents into memory.
-
-    Args:
-        documents: text.
-        tokenizer: a fast tokenizer with cls and sep tokens.
-        seq_length: tokens per sequence, [CLS] included.
-        progress: show a progress bar.
-        name: what the text is, for messages.
-
-    Returns:
-        S sequences of (T,) tokens; S may be 0.
-
-    Raises:
-        ValueError: if `seq_length` is below 8 or the corpus holds no token at all.
-    """
-    packer = Packer(tokenizer, seq_length)
-    arrays = list(packer.pack(tokenize(documents, tokenizer, progress, name)))
-    if not packer.tokens:
-        raise ValueError(f"the {name} is empty: it holds no token")
-    return PackedSequences(np.concatenate(arrays) if arrays else np.empty((0, seq_length), dtype=np.int32))

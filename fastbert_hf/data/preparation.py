@@ -1,6 +1,7 @@
 """Raw text to a prepared corpus: clean, drop duplicates, hold out, tokenize, pack, write; always the same bytes."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 import shutil
@@ -12,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastbert_hf.data.cleaning import clean_document
-from fastbert_hf.data.corpus import is_held_out, read_documents
 from fastbert_hf.data.deduplication import SeenDocuments
 from fastbert_hf.data.packing import Packer, check_seq_length, tokenize
 from fastbert_hf.data.prepared import COUNTS, MANIFEST, TOKENIZER, damage, read_manifest, write_manifest, write_shards
+from fastbert_hf.data.readers import read_documents
 from fastbert_hf.data.sources import Source
 from fastbert_hf.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_digest, train_wordpiece
 from fastbert_hf.files import check_output_folder, file_digest
@@ -65,8 +66,40 @@ class Counts:
     dropped_as_duplicates: int = 0
 
 
+def is_held_out(key: str, share: float) -> bool:
+    """Decide whether a document belongs to the validation part.
+
+    The decision depends on the document's key alone, so it does not change when a corpus grows or is reordered.
+
+    Args:
+        key: what identifies the document, for example its text or the file it came from.
+        share: part of all keys to set aside, 0 to 1.
+
+    Returns:
+        True for about `share` of all keys.
+    """
+    # The prefix keeps the decision independent of other uses of a key's hash, such as the order of a corpus.
+    digest = hashlib.sha1(b"validation " + key.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def check_validation_share(share: float) -> None:
+    """Check which part of the documents is held out.
+
+    Raises:
+        ValueError: unless it lies between 0 and 1, both excluded.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"validation_share must lie between 0 and 1, both excluded; got {share}")
+
+
 def prepare(
-    train: list[Source], validation: list[Source], settings: PreparationSettings, folder: Path, progress: bool = False
+    train: list[Source],
+    validation: list[Source],
+    settings: PreparationSettings,
+    folder: Path,
+    progress: bool = False,
+    replace: bool = False,
 ) -> tuple[dict[str, Any], bool]:
     """Prepare a corpus, unless it lies there prepared already.
 
@@ -74,16 +107,19 @@ def prepare(
         train: where the text comes from.
         validation: held-out text; empty to hold out part of `train`.
         settings: what to do with it.
-        folder: output; a prepared corpus of other text or settings is not overwritten.
+        folder: output.
         progress: show progress bars.
+        replace: overwrite a prepared corpus of other text or settings that lies there.
 
     Returns:
         The manifest, and whether an earlier preparation was reused.
 
     Raises:
-        ValueError: for text or a tokenizer that cannot be read, no text at all, or another corpus in `folder`.
+        ValueError: for text or a tokenizer that cannot be read, too little text, or another corpus in `folder`.
     """
     check_seq_length(settings.max_seq_length)
+    if not validation:
+        check_validation_share(settings.validation_share)
     check_output_folder(folder)
     given = _given_tokenizer(settings)
     wanted = {
@@ -94,12 +130,13 @@ def prepare(
     }
     existing = read_manifest(folder)
     if existing is not None:
-        if {name: existing[name] for name in wanted} != wanted:
+        there, here = _decisive(existing), _decisive(wanted)
+        if there != here and not replace:
             raise ValueError(
-                f"{str(folder)!r} holds a corpus of other text or settings: {_difference(existing, wanted)}; choose "
+                f"{str(folder)!r} holds a corpus of other text or settings: {_difference(there, here)}; choose "
                 f"another output_dir, or remove its {MANIFEST}"
             )
-        if damage(folder, existing, verify=True) is None:
+        if there == here and damage(folder, existing, verify=True) is None:
             return existing, True
     _check_kinds(train, validation, settings)
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,6 +164,12 @@ def _check_kinds(train: list[Source], validation: list[Source], settings: Prepar
         raise ValueError("the data is tokenized already: name its tokenizer (--tokenizer_name)")
     if kinds == {True} and not validation:
         raise ValueError("the data is tokenized already: name a held-out source or split beside it")
+
+
+def _decisive(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What decides the bytes of a corpus: the tokenizer goes by its digest, wherever it lies."""
+    settings = {name: value for name, value in manifest["settings"].items() if name != "tokenizer_name"}
+    return {"settings": settings, "sources": manifest["sources"]}
 
 
 def _difference(there: Any, here: Any, name: str = "") -> str:
@@ -220,6 +263,11 @@ def _write(
         if split == "train":
             arrays = _tallied(arrays, token_counts)
         shards[split] = write_shards(folder, split, arrays, vocab_size, rows_per_shard)
+        if split == "validation" and validation and not shards[split]:  # before the training text is read
+            few = f"shorter than one sequence of {settings.max_seq_length} tokens"
+            raise ValueError(
+                f"the held-out text is {few if counts.documents[split] else 'empty: it holds no token'}; give more"
+            )
     if seen is not None:
         seen.close()
     if not shards["train"]:

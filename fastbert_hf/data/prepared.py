@@ -184,7 +184,8 @@ class PreparedCorpus:
         """
         files = [self.folder / entry["file"] for entry in self.manifest["shards"][split]]
         if not files:
-            raise ValueError(f"the corpus in {str(self.folder)!r} has no {split} sequences")
+            advice = "; prepare it with more held-out text" if split == "validation" else ""
+            raise ValueError(f"the corpus in {str(self.folder)!r} has no {split} sequences{advice}")
         return ShardedSequences(files, limit)
 
     def token_counts(self) -> np.ndarray:

@@ -13,12 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fastbert_hf.data.corpus import check_corpus_files, read_documents, text_of
 from fastbert_hf.data.pieces import single_spaces
+from fastbert_hf.data.readers import ROWS, check_corpus_files, opened_parquet, read_documents, text_of
 from fastbert_hf.files import file_digest
 
 TOKENIZED = "input_ids"  # column of a dataset that is tokenized and packed already
-ROWS = 1000
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -62,13 +61,8 @@ class LocalFile:
         """Whether it is a Parquet file with token ids and no text."""
         if self.path.suffix != ".parquet":
             return False
-        import pyarrow as pa
-        import pyarrow.parquet
-
-        try:
-            columns = pyarrow.parquet.read_schema(self.path).names
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"corpus file {str(self.path)!r} is no whole Parquet file: {error}") from error
+        with opened_parquet(self.path) as table:
+            columns = table.schema_arrow.names
         return TOKENIZED in columns and self.text_column not in columns
 
     def documents(self) -> Iterator[str]:
@@ -77,15 +71,9 @@ class LocalFile:
 
     def sequences(self, seq_length: int, vocab_size: int) -> Iterator[np.ndarray]:
         """The file's sequences."""
-        import pyarrow as pa
-        import pyarrow.parquet
-
-        try:
-            with pyarrow.parquet.ParquetFile(self.path) as table:
-                for batch in table.iter_batches(batch_size=ROWS, columns=[TOKENIZED]):
-                    yield _checked(batch.column(0).to_pylist(), seq_length, vocab_size, str(self.path))
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"corpus file {str(self.path)!r} is no whole Parquet file: {error}") from error
+        with opened_parquet(self.path) as table:
+            for batch in table.iter_batches(batch_size=ROWS, columns=[TOKENIZED]):
+                yield _checked(batch.column(0).to_pylist(), seq_length, vocab_size, str(self.path))
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """Packing documents and masking batches."""
 
+import numpy as np
 import pytest
 import torch
 
 from fastbert_hf.data.masking import IGNORED, MaskedLanguageModelCollator, MaskedSequences
-from fastbert_hf.data.packing import pack_documents
+from fastbert_hf.data.packing import Packer, tokenize
+from fastbert_hf.data.preparation import PreparationSettings, prepare
+from fastbert_hf.data.sources import LocalFile
 from fastbert_hf.data.tokenizer import train_wordpiece
 
 TEXT = [f"river {number} flows to the sea and the wind turns {number * 7}" for number in range(200)]
@@ -15,26 +18,33 @@ def tokenizer():
     return train_wordpiece(TEXT, vocab_size=150)
 
 
+def packed(documents, tokenizer, seq_length):
+    """Rows as a data set gives them."""
+    arrays = Packer(tokenizer, seq_length).pack(tokenize(documents, tokenizer))
+    return [{"input_ids": torch.from_numpy(row.astype(np.int64))} for array in arrays for row in array]
+
+
 @pytest.fixture(scope="module")
 def sequences(tokenizer):
-    return pack_documents(TEXT, tokenizer, seq_length=32)
+    return packed(TEXT, tokenizer, 32)
 
 
 def test_packing_keeps_every_token_in_order(tokenizer, sequences):
     stream = [token for text in TEXT for token in [*tokenizer(text, add_special_tokens=False)["input_ids"], 3]]
-    packed = sequences.input_ids
-    assert packed.shape == (len(stream) // 31, 32)
-    assert (packed[:, 0] == tokenizer.cls_token_id).all()
-    assert packed[:, 1:].reshape(-1).tolist() == stream[: packed.shape[0] * 31]
-    assert tokenizer.pad_token_id not in packed
+    rows = torch.stack([row["input_ids"] for row in sequences])
+    assert rows.shape == (len(stream) // 31, 32)
+    assert (rows[:, 0] == tokenizer.cls_token_id).all()
+    assert rows[:, 1:].reshape(-1).tolist() == stream[: rows.shape[0] * 31]
+    assert tokenizer.pad_token_id not in rows
 
 
-def test_packing_rejects_empty_text_and_short_sequences(tokenizer):
+def test_packing_rejects_empty_text_and_short_sequences(tokenizer, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ValueError, match="corpus is empty"):
-        pack_documents([], tokenizer, seq_length=32)
+        prepare([LocalFile(tmp_path / "empty.txt")], [], PreparationSettings(32, vocab_size=150), tmp_path / "out")
     with pytest.raises(ValueError, match="at least 8"):
-        pack_documents(TEXT, tokenizer, seq_length=4)
-    assert len(pack_documents(["river"], tokenizer, seq_length=32)) == 0
+        packed(TEXT, tokenizer, 4)
+    assert packed([], tokenizer, 32) == packed(["river"], tokenizer, 32) == []
 
 
 @pytest.mark.parametrize("probability", [0.15, 0.25, 0.4])
@@ -82,7 +92,7 @@ def test_held_out_masks_are_fixed_and_equal_in_number(tokenizer, sequences):
 
 
 def test_unknown_words_can_be_masked_but_separators_cannot(tokenizer):
-    snow = pack_documents(["☃ ☃ ☃ ☃ ☃ ☃ ☃ ☃ ☃"], tokenizer, seq_length=8)
+    snow = packed(["☃ ☃ ☃ ☃ ☃ ☃ ☃ ☃ ☃"], tokenizer, 8)
     batch = MaskedLanguageModelCollator(tokenizer, 0.5)([snow[0]])
     assert int((batch["labels"] == tokenizer.unk_token_id).sum()) == 4
     separators = {"input_ids": torch.full((8,), tokenizer.sep_token_id)}

@@ -1,5 +1,6 @@
 """Corpus files in, documents out."""
 
+import gzip
 import json
 import lzma
 from pathlib import Path
@@ -8,7 +9,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fastbert_hf.data.corpus import is_held_out, read_documents, split_documents
+from fastbert_hf.data.preparation import PreparationSettings, is_held_out, prepare
+from fastbert_hf.data.readers import read_documents
+from fastbert_hf.data.sources import LocalFile
 from fastbert_hf.files import check_output_folder, staged_folder, write_text
 
 
@@ -24,11 +27,15 @@ def test_missing_unknown_and_undecodable_files_are_named(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"x")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "cut.xz").write_bytes(lzma.compress(b"some text\n" * 1000)[:-20])
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(b"some text\n" * 1000)[:-20])
+    (tmp_path / "no.txt.gz").write_bytes(b"some text\n")
     for name, message in [
         ("absent.txt", "does not exist"),
         ("a.bin", "unknown type"),
         ("latin.txt", "UTF-8"),
         ("cut.xz", "cannot be read"),
+        ("cut.gz", "cannot be read"),
+        ("no.txt.gz", "cannot be read"),
     ]:
         with pytest.raises(ValueError, match=message) as caught:
             list(read_documents([tmp_path / name]))
@@ -39,20 +46,23 @@ def test_missing_unknown_and_undecodable_files_are_named(tmp_path):
 
 def test_split_depends_on_the_text_alone_and_keeps_about_the_share():
     documents = [f"document {number}" for number in range(4000)]
-    train, validation = split_documents(documents, 0.1)
+    validation = [text for text in documents if is_held_out(text, 0.1)]
     assert 300 < len(validation) < 500
-    assert len(train) + len(validation) == 4000
-    again, held = split_documents(documents[::-1] + documents[:50], 0.1)
-    assert set(held) == set(validation) and set(again) == set(train)
-    assert [text for text in documents if is_held_out(text, 0.1)] == validation
+    again = documents[::-1] + documents[:50]
+    assert {text for text in again if is_held_out(text, 0.1)} == set(validation)
 
 
-def test_split_rejects_bad_shares_and_an_empty_corpus():
+def test_split_rejects_bad_shares_and_an_empty_corpus(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    source = LocalFile(tmp_path / "empty.txt")
     for share in (0.0, 1.0, -1.0):
-        with pytest.raises(ValueError, match="validation_share"):
-            split_documents(["text"], share)
+        with pytest.raises(
+            ValueError, match=f"validation_share must lie between 0 and 1, both excluded; got {share}"
+        ):
+            prepare([source], [], PreparationSettings(validation_share=share), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="corpus is empty"):
-        split_documents([], 0.1)
+        prepare([source], [], PreparationSettings(vocab_size=150), tmp_path / "out")
 
 
 def test_staged_folder_moves_everything_or_nothing(tmp_path):

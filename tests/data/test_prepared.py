@@ -1,8 +1,10 @@
 """Preparing a corpus: the same bytes every time, from every kind of source, and nothing damaged is accepted."""
 
+import gzip
 import json
 import lzma
 import pickle
+import shutil
 import types
 
 import datasets
@@ -13,7 +15,7 @@ import pytest
 
 from fastbert_hf.data.cleaning import clean_document
 from fastbert_hf.data.deduplication import SeenDocuments
-from fastbert_hf.data.packing import pack_documents
+from fastbert_hf.data.packing import Packer, tokenize
 from fastbert_hf.data.preparation import PreparationSettings, prepare
 from fastbert_hf.data.prepared import PreparedCorpus
 from fastbert_hf.data.sources import HubDataset, LocalFile
@@ -44,6 +46,11 @@ def settings(tokenizer=None, **changes):
     return PreparationSettings(**options | changes)
 
 
+def packed(documents, name):
+    tokenizer = load_tokenizer(name)
+    return np.concatenate(list(Packer(tokenizer, 16).pack(tokenize(documents, tokenizer))))
+
+
 def ids(folder, split="train"):
     sequences = PreparedCorpus(folder).sequences(split)
     return np.stack([sequences.row(row) for row in range(len(sequences))])
@@ -58,9 +65,9 @@ def test_a_new_tokenizer_and_the_shards_are_the_same_bytes_every_time(text, tmp_
     assert not (tmp_path / "one" / ".work").exists()
 
 
-def test_shards_hold_what_packing_in_memory_gives(text, tokenizer, tmp_path):
+def test_shards_hold_what_packing_gives(text, tokenizer, tmp_path):
     prepare([LocalFile(text)], [LocalFile(text)], settings(tokenizer, shard_megabytes=0.003), tmp_path / "out")
-    expected = pack_documents(LINES, load_tokenizer(tokenizer), 16).input_ids
+    expected = packed(LINES, tokenizer)
     assert np.array_equal(ids(tmp_path / "out"), expected)
     assert np.array_equal(ids(tmp_path / "out", "validation"), expected)
     corpus = PreparedCorpus(tmp_path / "out")
@@ -83,7 +90,9 @@ def compressed(text, tmp_path, kind):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
         return file
     body = text.read_bytes() if "jsonl" not in kind else "".join(json.dumps(row) + "\n" for row in rows).encode()
-    if kind.endswith("xz"):
+    if kind.endswith("gz"):
+        body = gzip.compress(body)
+    elif kind.endswith("xz"):
         body = lzma.compress(body)
     elif kind.endswith("zst"):
         body = pyarrow.compress(body, codec="zstd", asbytes=True)
@@ -91,14 +100,17 @@ def compressed(text, tmp_path, kind):
     return file
 
 
-@pytest.mark.parametrize("kind", ["txt.xz", "xz", "txt.zst", "zst", "jsonl", "jsonl.xz", "jsonl.zst", "parquet"])
+@pytest.mark.parametrize(
+    "kind",
+    ["txt.gz", "gz", "txt.xz", "xz", "txt.zst", "zst", "jsonl", "jsonl.gz", "jsonl.xz", "jsonl.zst", "parquet"],
+)
 def test_every_kind_of_file_gives_the_same_sequences(text, tokenizer, tmp_path, kind):
     prepare([LocalFile(text)], [], settings(tokenizer), tmp_path / "plain")
     prepare([LocalFile(compressed(text, tmp_path, kind))], [], settings(tokenizer), tmp_path / "out")
     assert np.array_equal(ids(tmp_path / "out"), ids(tmp_path / "plain"))
 
 
-@pytest.mark.parametrize("kind", ["txt.xz", "txt.zst", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["txt.gz", "txt.xz", "txt.zst", "jsonl", "parquet"])
 def test_a_file_that_is_cut_off_is_named(text, tokenizer, tmp_path, kind):
     file = compressed(text, tmp_path, kind)
     file.write_bytes(file.read_bytes()[:-40])
@@ -126,14 +138,14 @@ def test_a_dataset_is_read_streamed_or_not(text, tokenizer, tmp_path, streaming)
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_tokenized_datasets_pass_through(tokenizer, tmp_path, streaming):
-    rows = pack_documents(LINES, load_tokenizer(tokenizer), 16).input_ids
+    rows = packed(LINES, tokenizer)
     (tmp_path / "set").mkdir()
     table = pyarrow.table({"input_ids": pyarrow.array(rows.tolist())})
     pyarrow.parquet.write_table(table, tmp_path / "set" / "train.parquet")
     held = LocalFile(tmp_path / "set" / "train.parquet")
     source = HubDataset(str(tmp_path / "set"), streaming=streaming)
     prepare([source], [held], settings(tokenizer), tmp_path / "out")
-    assert np.array_equal(ids(tmp_path / "out"), rows) and np.array_equal(ids(tmp_path / "out", "validation"), rows)
+    assert all(np.array_equal(ids(tmp_path / "out", split), rows) for split in ("train", "validation"))
     with pytest.raises(ValueError, match="sequences of 16 to 16 tokens; max_seq_length is 32"):
         prepare([source], [held], settings(tokenizer, max_seq_length=32), tmp_path / "long")
     pyarrow.parquet.write_table(pyarrow.table({"input_ids": [[9999] * 16]}), tmp_path / "set" / "train.parquet")
@@ -281,7 +293,7 @@ def test_duplicates_leave_the_training_text_and_held_out_documents_leave_it_too(
     manifest, _ = prepare(*sources, settings(tokenizer, deduplicate=True), tmp_path / "out")
     assert manifest["counts"]["documents"] == {"train": 2, "validation": 1}
     assert manifest["counts"]["dropped_as_duplicates"] == 2
-    expected = pack_documents(LINES[:2], load_tokenizer(tokenizer), 16).input_ids
+    expected = packed(LINES[:2], tokenizer)
     assert np.array_equal(ids(tmp_path / "out"), expected)
     manifest, _ = prepare(*sources, settings(tokenizer), tmp_path / "all")
     assert manifest["counts"]["documents"]["train"] == 4
@@ -337,12 +349,35 @@ def test_a_dataset_whose_rows_its_library_refuses_is_named(tmp_path, streaming):
         prepare([source], [], settings(), tmp_path / "out")
 
 
-def test_text_too_short_for_one_sequence_is_refused(tokenizer, tmp_path):
-    (tmp_path / "text.txt").write_text("river\n")
-    held = LocalFile(tmp_path / "text.txt")
-    with pytest.raises(ValueError, match=r"corpus is empty.*1 documents"):
-        prepare([held], [held], settings(tokenizer), tmp_path / "out")
-    assert not (tmp_path / "out" / "manifest.json").exists()
+def test_text_too_short_for_one_sequence_is_refused(text, tokenizer, tmp_path):
+    (tmp_path / "short.txt").write_text("river\n")
+    (tmp_path / "empty.txt").write_text("\n")
+    short, whole, empty = (LocalFile(file) for file in (tmp_path / "short.txt", text, tmp_path / "empty.txt"))
+    for train, held, message in (
+        (short, whole, r"corpus is empty.*1 documents"),
+        (whole, short, "the held-out text is shorter than one sequence of 16 tokens"),
+        (whole, empty, "the held-out text is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare([train], [held], settings(tokenizer), tmp_path / "out")
+        assert not (tmp_path / "out" / "manifest.json").exists()
+    prepare([LocalFile(text)], [], settings(tokenizer, validation_share=1e-9), tmp_path / "out")
+    with pytest.raises(ValueError, match="no validation sequences; prepare it with more held-out text"):
+        PreparedCorpus(tmp_path / "out").sequences("validation")
+
+
+def test_a_corpus_is_replaced_where_that_is_asked_for(text, tokenizer, tmp_path):
+    prepare([LocalFile(text)], [], settings(tokenizer), tmp_path / "out")
+    first, _ = prepare([LocalFile(text)], [], settings(tokenizer, max_seq_length=32), tmp_path / "other")
+    for reused in (False, True):
+        again = prepare([LocalFile(text)], [], settings(tokenizer, max_seq_length=32), tmp_path / "out", replace=True)
+        assert again == (first, reused) and PreparedCorpus(tmp_path / "out").seq_length == 32
+
+
+def test_a_tokenizer_that_moved_is_the_same(text, tokenizer, tmp_path):
+    first, _ = prepare([LocalFile(text)], [], settings(tokenizer), tmp_path / "out")
+    shutil.copytree(tokenizer, tmp_path / "moved")
+    assert prepare([LocalFile(text)], [], settings(str(tmp_path / "moved")), tmp_path / "out") == (first, True)
 
 
 def test_the_tokenizer_sees_only_the_declared_part_of_every_source(tmp_path, monkeypatch):

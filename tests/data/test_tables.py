@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fastbert_hf.data.glue import load_task_files
-from fastbert_hf.data.tables import read_rows
+from fastbert_hf.data.readers import read_rows
 from fastbert_hf.data.tokenizer import train_wordpiece
 
 MARK = "\ufeff"

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastbert_hf.data.corpus import check_corpus_files, read_documents
-from fastbert_hf.data.tables import SUFFIXES as TABLES
-from fastbert_hf.data.tables import read_rows
+from fastbert_hf.data.readers import TABLE_SUFFIXES, check_corpus_files, read_documents, read_rows
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.encoder_fastbert import FastBertDenseFeedForward
 from fastbert_hf.fff_reference import ACTIVATIONS
@@ -48,7 +46,9 @@ class LayerFitArguments:
     """Which layer is fitted by what, on which text."""
 
     model_name_or_path: str = field(metadata={"help": "folder or Hub name of a model with dense feed-forward layers"})
-    train_file: list[str] = field(metadata={"help": "text to fit on: .txt (also .xz or .zst), .jsonl, .csv, .tsv"})
+    train_file: list[str] = field(
+        metadata={"help": "text to fit on: .txt (also .gz, .xz or .zst), .jsonl, .csv, .tsv"}
+    )
     other_file: list[str] = field(metadata={"help": "other text, on which is measured"})
     output_dir: str = field(metadata={"help": "folder for the table and, while it works, for activations"})
     forms: list[str] = field(
@@ -81,7 +81,7 @@ class LayerFitArguments:
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive; got {self.learning_rate}")
         for file in self.train_file + self.other_file:
-            if Path(file).suffix not in TABLES:
+            if Path(file).suffix not in TABLE_SUFFIXES:
                 check_corpus_files([file])
             elif not Path(file).is_file():
                 raise ValueError(f"data file {file!r} does not exist")
@@ -209,7 +209,7 @@ def read_texts(files: Sequence[str], count: int, draw: random.Random) -> list[st
     """
     texts = []
     for file in files:
-        if Path(file).suffix in TABLES:
+        if Path(file).suffix in TABLE_SUFFIXES:
             found = [value for row in read_rows(file) for value in row.values() if isinstance(value, str) and value]
         else:
             found = list(itertools.islice(read_documents([file]), 20 * count))

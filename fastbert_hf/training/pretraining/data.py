@@ -1,4 +1,4 @@
-"""What pretraining feeds to the model: a prepared corpus, or text files that are packed in memory."""
+"""What pretraining feeds to the model: a prepared corpus, made from text files beside the run where none is given."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from fastbert_hf.data.corpus import check_corpus_files, read_documents, split_documents
 from fastbert_hf.data.masking import MaskedLanguageModelCollator, MaskedSequences
-from fastbert_hf.data.packing import PackedSequences, pack_documents
-from fastbert_hf.data.preparation import PreparationSettings, prepare
+from fastbert_hf.data.preparation import PreparationSettings, check_validation_share, prepare
 from fastbert_hf.data.prepared import PreparedCorpus
+from fastbert_hf.data.readers import check_corpus_files
 from fastbert_hf.data.sources import LocalFile
 from fastbert_hf.files import file_digest
 from fastbert_hf.training.pretraining.baseline import unigram_loss
@@ -32,8 +31,8 @@ class CorpusArguments:
     train_file: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "in place of corpus: text files; with a tokenizer packed in memory at every start, without one "
-            "prepared once in OUTPUT_DIR-corpus"
+            "help": "in place of corpus: text files, prepared once in OUTPUT_DIR-corpus; without a tokenizer one is "
+            "trained, and duplicates are dropped"
         },
     )
     validation_file: list[str] = field(
@@ -80,7 +79,7 @@ def check_corpus(options: CorpusArguments) -> None:
     """Check what can be checked before anything is read.
 
     Raises:
-        ValueError: no text or two kinds of it, a file that is missing, or a count below 1.
+        ValueError: no text or two kinds of it, a file that is missing, a count below 1, or a share out of range.
     """
     if options.max_eval_samples < 1:
         raise ValueError(f"max_eval_samples must be at least 1; got {options.max_eval_samples}")
@@ -91,6 +90,8 @@ def check_corpus(options: CorpusArguments) -> None:
     check_corpus_files(options.train_file)
     if options.validation_file:
         check_corpus_files(options.validation_file)
+    else:
+        check_validation_share(options.validation_share)
 
 
 def text_identity(options: CorpusArguments) -> dict[str, Any]:
@@ -110,16 +111,23 @@ def text_identity(options: CorpusArguments) -> dict[str, Any]:
     return {**digests, "validation_share": options.validation_share, "text_column": options.text_column}
 
 
-def prepare_beside(options: CorpusArguments, output_dir: str, progress: bool) -> str:
-    """Prepare text files, with a tokenizer of their own, beside the run's folder; later starts find it there.
+def prepare_beside(
+    options: CorpusArguments, output_dir: str, progress: bool, tokenizer_name: str | None = None
+) -> str:
+    """Prepare text files beside the run's folder; later starts find the corpus there.
 
     Args:
         options: `train_file`, `validation_file` and how to split and tokenize.
         output_dir: the run's folder.
         progress: show progress bars.
+        tokenizer_name: the run's tokenizer; a corpus of other text or settings is then replaced. None trains one and
+            drops duplicates; the tokenizer belongs to the run then, and another corpus is refused.
 
     Returns:
         The corpus's folder, OUTPUT_DIR-corpus: what is pushed or copied of a run is then not its text.
+
+    Raises:
+        ValueError: for text or a tokenizer that cannot be read, too little text, or another corpus in the folder.
     """
     run = Path(output_dir).absolute()
     folder = run.with_name(f"{run.name}-corpus")
@@ -128,9 +136,13 @@ def prepare_beside(options: CorpusArguments, output_dir: str, progress: bool) ->
         for names in (options.train_file, options.validation_file)
     )
     settings = PreparationSettings(
-        options.max_seq_length, options.validation_share, vocab_size=options.vocab_size, deduplicate=True
+        options.max_seq_length,
+        options.validation_share,
+        deduplicate=tokenizer_name is None,
+        tokenizer_name=tokenizer_name,
+        vocab_size=options.vocab_size,
     )
-    prepare(train, held_out, settings, folder, progress)
+    prepare(train, held_out, settings, folder, progress, replace=tokenizer_name is not None)
     return str(folder)
 
 
@@ -140,27 +152,25 @@ def prepare_data(
     batch_size: int,
     vocab_size: int,
     seed: int,
-    progress: bool = True,
 ) -> PretrainingData:
-    """Open a prepared corpus, or read, tokenize and pack text files; mask what is held out.
+    """Open a prepared corpus and mask what is held out.
 
     Args:
-        options: files and shapes.
-        tokenizer: how to tokenize.
+        options: the corpus and its shapes.
+        tokenizer: the one it was made with.
         batch_size: sequences per full optimiser step, over all devices.
         vocab_size: V of the model, for the unigram baseline.
         seed: for the masks.
-        progress: show progress bars.
 
     Returns:
         The data.
 
     Raises:
-        ValueError: if the corpus is empty or damaged, is smaller than one batch, or leaves no held-out sequence.
+        ValueError: if the corpus is damaged or was made otherwise, is smaller than one batch, or has no held-out
+            sequence.
     """
     collator = MaskedLanguageModelCollator(tokenizer, options.mlm_probability, seed)
-    read = _open_prepared if options.corpus is not None else _pack_files
-    train, held_out, counts, sources = read(options, tokenizer, vocab_size, progress)
+    train, held_out, counts, sources = _open_prepared(options, tokenizer, vocab_size)
     if len(train) < batch_size:
         raise ValueError(
             f"the corpus is smaller than one batch: it gives {len(train)} sequences of {options.max_seq_length} "
@@ -172,7 +182,7 @@ def prepare_data(
     return PretrainingData(train, held, collator, unigram_loss(counts, held.labels), sources)
 
 
-def _open_prepared(options: CorpusArguments, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, progress: bool):
+def _open_prepared(options: CorpusArguments, tokenizer: "PreTrainedTokenizerBase", vocab_size: int):
     corpus = PreparedCorpus(options.corpus, options.verify_corpus)
     if corpus.seq_length != options.max_seq_length:
         raise ValueError(
@@ -189,21 +199,3 @@ def _open_prepared(options: CorpusArguments, tokenizer: "PreTrainedTokenizerBase
     sources = corpus.manifest["sources"]["train"]
     held_out = corpus.sequences("validation", options.max_eval_samples)
     return corpus.sequences("train"), held_out, counts, sources
-
-
-def _pack_files(options: CorpusArguments, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, progress: bool):
-    documents = read_documents(options.train_file, options.text_column)
-    if options.validation_file:
-        train_documents, held_out = documents, read_documents(options.validation_file, options.text_column)
-    else:
-        train_documents, held_out = split_documents(documents, options.validation_share)
-    validation = pack_documents(held_out, tokenizer, options.max_seq_length, name="held-out text")
-    if not len(validation):
-        raise ValueError(
-            f"the held-out text is shorter than one sequence of {options.max_seq_length} tokens; "
-            "give a longer validation_file or a larger validation_share"
-        )
-    train = pack_documents(train_documents, tokenizer, options.max_seq_length, progress)
-    counts = np.bincount(train.input_ids[:, 1:].reshape(-1), minlength=vocab_size)  # without [CLS], never predicted
-    sources = [LocalFile(Path(file), options.text_column).describe() for file in options.train_file]
-    return train, PackedSequences(validation.input_ids[: options.max_eval_samples]), counts, sources

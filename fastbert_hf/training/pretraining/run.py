@@ -218,11 +218,9 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     _check(options, args)
     check_push(args)
     checkpoint = find_checkpoint(args, options.overwrite_output_dir)
-    if options.tokenizer_name is None and options.model_name_or_path is None and options.corpus is None:
-        with args.main_process_first(local=False, desc="preparing the corpus"):
-            folder = prepare_beside(options, args.output_dir, not args.disable_tqdm)
-        options = dataclasses.replace(options, corpus=folder, train_file=[], validation_file=[])
-    tokenizer = _tokenizer(options)
+    if _tokenizer_name(options) is None:
+        options = _with_corpus(options, args)  # it brings its own
+    tokenizer = load_tokenizer(_tokenizer_name(options), needs_mask=True)
     quiet_host(args)
     set_seed(args.seed)
     sparse = options.mlm_probability if options.sparse_prediction else 0.0
@@ -236,7 +234,8 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     if options.mixed_precision:
         choose_precision(args)
     size = step_size(options, args)
-    data = prepare_data(options, tokenizer, size, model.config.vocab_size, args.seed, not args.disable_tqdm)
+    options = _with_corpus(options, args)
+    data = prepare_data(options, tokenizer, size, model.config.vocab_size, args.seed)
     clock = budget_clock(options, args, len(data.train) // size)
     trainer = _trainer(options, args, model, tokenizer, data, clock, size, provenance)
     if options.overwrite_output_dir and is_main_process(args):
@@ -260,11 +259,21 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     return model, summary
 
 
-def _tokenizer(options: PretrainingArguments) -> PreTrainedTokenizerBase:
+def _tokenizer_name(options: PretrainingArguments) -> str | None:
+    """The tokenizer's folder or Hub name; None where a corpus has to be prepared first."""
     name = options.tokenizer_name or options.model_name_or_path
-    if name is None:
+    if name is None and options.corpus is not None:
         name = str(PreparedCorpus(options.corpus, verify=False).tokenizer_folder)
-    return load_tokenizer(name, needs_mask=True)
+    return name
+
+
+def _with_corpus(options: PretrainingArguments, args: TrainingArguments) -> PretrainingArguments:
+    """The options with a prepared corpus in place of text files."""
+    if options.corpus is not None:
+        return options
+    with args.main_process_first(local=False, desc="preparing the corpus"):
+        folder = prepare_beside(options, args.output_dir, not args.disable_tqdm, _tokenizer_name(options))
+    return dataclasses.replace(options, corpus=folder, train_file=[], validation_file=[])
 
 
 def _provenance(

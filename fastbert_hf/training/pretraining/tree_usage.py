@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from fastbert_hf.fff_layer import FastFeedForward
+from fastbert_hf.fff_reference import nodes_per_tree
 from fastbert_hf.leaf_layer import LeafFeedForward
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class VisitCounts(list[Tensor]):
 
     def __init__(self, layers: Iterable[FastFeedForward | LeafFeedForward]):
         layers = list(layers)
-        super().__init__(torch.zeros(layer.trees, 2 ** (layer.depth + 1) - 1, dtype=torch.int64) for layer in layers)
+        super().__init__(torch.zeros(layer.trees, nodes_per_tree(layer.depth), dtype=torch.int64) for layer in layers)
         self.leaf_trees = [isinstance(layer, LeafFeedForward) for layer in layers]
 
 
@@ -96,7 +96,8 @@ def tree_usage(counts: Iterable[Tensor]) -> list[dict[str, Any]]:
     for count, has_leaves in zip(counts, leaf_trees):
         trees, nodes = count.shape
         depth = int(math.log2(nodes + 1)) - 1
-        levels = [count[:, 2**level - 1 : 2 ** (level + 1) - 1] for level in range(depth + 1)]  # (P, 2^level)
+        ends = [nodes_per_tree(level) for level in range(-1, depth + 1)]
+        levels = [count[:, first:end] for first, end in itertools.pairwise(ends)]  # (P, 2^level) each
         leaves = levels[-1].double()
         shares = leaves / leaves.sum(dim=1, keepdim=True).clamp(min=1)
         entropy = torch.special.entr(shares).sum(dim=1).mean().item() / math.log(2)
@@ -137,11 +138,6 @@ def usage_log(usage: list[dict[str, Any]]) -> dict[str, float]:
         for level, share in enumerate(layer["used_share"]):
             logs[f"trees/layer_{number}_level_{level}_used"] = share
     return logs
-
-
-def usage_matrix(usage: list[dict[str, Any]]) -> np.ndarray:
-    """(L, D+1): share of nodes used, by layer and level."""
-    return np.array([layer["used_share"] for layer in usage])
 
 
 class TreeUsageCallback(TrainerCallback):

@@ -29,9 +29,9 @@ def test_saved_folder_loads_and_repeats_the_held_out_loss(tiny, finished):
     loaded = AutoModelForMaskedLM.from_pretrained(folder).eval()
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
-    options, _ = arguments(tiny, folder)
+    options, _ = arguments(tiny, folder, corpus=f"{folder}-corpus")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    held = prepare_data(options, tokenizer, 8, loaded.config.vocab_size, seed=7, progress=False).validation
+    held = prepare_data(options, tokenizer, 8, loaded.config.vocab_size, seed=7).validation
     with torch.no_grad():
         output = loaded(input_ids=held.input_ids, labels=held.labels)
     assert output.logits.shape == (*held.input_ids.shape, loaded.config.vocab_size)
@@ -42,7 +42,7 @@ def test_saved_folder_loads_and_repeats_the_held_out_loss(tiny, finished):
 
 def test_output_folder_holds_no_temporary_files(finished):
     folder, _, _ = finished
-    assert [path.name for path in folder.parent.iterdir()] == ["out"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["out", "out-corpus"]
     names = {path.name for path in folder.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "summary.json", "checkpoint-6"} <= names
     assert not any(name.startswith(".") for name in names)
@@ -229,12 +229,26 @@ def test_held_out_text_is_looked_at_before_the_corpus_is_packed(tiny, tmp_path, 
             read.append(Path(file).name)
             yield from Path(file).read_text().splitlines()
 
-    monkeypatch.setattr("fastbert_hf.training.pretraining.data.read_documents", documents)
+    monkeypatch.setattr("fastbert_hf.data.sources.read_documents", documents)
     for text, message in (("river\n", "held-out text is shorter"), ("", "held-out text is empty")):
         (tmp_path / "short.txt").write_text(text)
         with pytest.raises(ValueError, match=message):
             pretrain(*arguments(tiny, tmp_path / "out", validation_file=[str(tmp_path / "short.txt")]))
     assert read == ["short.txt", "short.txt"]
+
+
+def test_text_files_are_prepared_once_and_anew_for_another_run(tiny, finished, tmp_path):
+    folder, model, _ = finished
+    manifest = tmp_path / "out-corpus" / "manifest.json"
+    shutil.copytree(f"{folder}-corpus", manifest.parent)
+    written = manifest.stat().st_mtime_ns
+    again, _ = pretrain(*arguments(tiny, tmp_path / "out"))
+    assert manifest.stat().st_mtime_ns == written
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
+    _, shorter = pretrain(
+        *arguments(tiny, tmp_path / "out", max_seq_length=8, overwrite_output_dir=True, max_steps=1)
+    )
+    assert json.loads(manifest.read_text())["settings"]["max_seq_length"] == 8 and shorter["tokens_seen"] == 8 * 8
 
 
 def test_truncated_weights_are_named_before_the_data_is_read(tiny, finished, tmp_path):

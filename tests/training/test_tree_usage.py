@@ -4,10 +4,6 @@ import json
 
 import pytest
 import torch
-
-from fastbert_hf import FastBertConfig, FastBertModel
-from fastbert_hf.training.figures import plot_tree_usage
-from fastbert_hf.training.pretraining import pretrain
 from fastbert_hf.training.tree_usage import (
     VisitCounts,
     counted_visits,
@@ -17,6 +13,10 @@ from fastbert_hf.training.tree_usage import (
     usage_log,
     visited_nodes,
 )
+
+from fastbert_hf import FastBertConfig, FastBertModel
+from fastbert_hf.training.figures import plot_tree_usage
+from fastbert_hf.training.pretraining import pretrain
 from tests.training.conftest import TINY_MODEL
 from tests.training.runs import arguments
 

@@ -57,7 +57,7 @@ class PretrainingArguments(CorpusArguments):
     """What is trained, on which text, and how much of it."""
 
     model_config: str | None = field(
-        default=None, metadata={"help": "YAML with model configuration fields, e.g. configs/model/small-1x9.yaml"}
+        default=None, metadata={"help": "YAML, or recipe, with model configuration fields, e.g. model/small-1x9"}
     )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "continue from these weights instead of a new model from model_config"}

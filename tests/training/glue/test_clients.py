@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fastbert_hf.training.arguments import RecipeArgumentParser
+from fastbert_hf.cli.arguments import RecipeArgumentParser
 from tests.processes import CHILD_SECONDS
 from tests.training.conftest import write_split
 

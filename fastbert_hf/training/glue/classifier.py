@@ -10,10 +10,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from fastbert_hf.data.glue import Task
 from fastbert_hf.fff_layer import FastFeedForward
+from fastbert_hf.leaf_layer import LeafFeedForward
 from fastbert_hf.training.checkpoints import check_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+TREE_LAYERS = (FastFeedForward, LeafFeedForward)
 
 
 @dataclass
@@ -217,7 +220,7 @@ def restrict_training(model: PreTrainedModel, options: ModelArguments) -> "PreTr
     Raises:
         ValueError: if trees are named and the model has none, or LoRA finds nothing to adapt.
     """
-    trees = {name: module for name, module in model.named_modules() if isinstance(module, FastFeedForward)}
+    trees = {name: module for name, module in model.named_modules() if isinstance(module, TREE_LAYERS)}
     if (options.freeze_trees or options.lora_trees) and not trees:
         option = "--freeze_trees" if options.freeze_trees else "--lora_trees"
         raise ValueError(f"{option}: {model.config._name_or_path!r} ({model.config.model_type}) has no trees")

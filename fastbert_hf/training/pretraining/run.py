@@ -247,11 +247,10 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     if checkpoint is not None:
         trainer.resume(checkpoint)
     trainer.begin_part()
-    train_loss = None
     if clock.share < 1:
         train_loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
     else:  # resumed at its end: the library would take one step more
-        trainer.take_over(checkpoint)
+        train_loss = trainer.take_over(checkpoint)
     metrics = trainer.evaluate()
     if not math.isfinite(metrics["eval_loss"]):
         raise ValueError(f"training diverged: the held-out loss is {metrics['eval_loss']}; try a lower learning rate")

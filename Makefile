@@ -7,10 +7,10 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint format demo bench clean
+.PHONY: help venv test test-lowest lint format demo bench clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 venv: $(VENV)/.installed ## make .venv with the package, editable, and what its tests need
 
@@ -23,8 +23,23 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt $(KERNEL_SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
 
+# Workers take whole files: the fixtures of a file are built once. WORKERS=0 runs everything in one process.
+WORKERS ?= 2
+
 test: venv ## run the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# the core alone, in its lowest versions: no extras, so this also shows that the core needs none
+LOWEST := .venv-lowest
+FAST_TESTS := tests/ops tests/model tests/kernels --ignore tests/kernels/triton_kernels
+
+$(LOWEST)/.installed: setup.cfg pyproject.toml constraints-lowest.txt $(KERNEL_SOURCES)
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e . pytest hypothesis
+	touch $@
+
+test-lowest: $(LOWEST)/.installed ## run the fast part of the suite with the lowest supported versions (6 GB on Linux)
+	$(LOWEST)/bin/python -m pytest $(FAST_TESTS)
 
 lint: venv ## check style
 	$(BIN)/ruff check .
@@ -43,4 +58,4 @@ bench: venv ## measure this machine in three minutes; scripts/benchmark.py --hel
 	$(BIN)/python scripts/benchmark.py --quick --fresh --output_dir runs/bench
 
 clean: ## remove the environment and build products
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(LOWEST) build *.egg-info

@@ -1,4 +1,4 @@
-"""Builds the native CPU kernels; everything else is in setup.cfg.
+"""Builds the native CPU kernels and takes the recipes along; everything else is in setup.cfg.
 
 The kernels are optional: without a C++ compiler the package installs without them, says so here, and
 `python -m fastbert_hf.kernels` repeats why.
@@ -7,7 +7,7 @@ The kernels are optional: without a C++ compiler the package installs without th
 import importlib.util
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("fastbert_hf/kernels/native")
@@ -43,7 +43,12 @@ class build_native(build_ext):
 
 setup(
     ext_modules=[Extension("fastbert_hf.kernels.native.libfff", sources=SOURCES, optional=True)],
+    # the recipes of configs/ are part of the package; a checkout, also an editable one, has them beside it
+    packages=[*find_packages(include=["fastbert_hf*"]), "fastbert_hf.configs"],
+    package_dir={"fastbert_hf.configs": "configs"},
     package_data={
+        "fastbert_hf": ["py.typed"],
+        "fastbert_hf.configs": ["*/*.yaml"],
         "fastbert_hf.benchmarks": ["*.cpp"],
         "fastbert_hf.hub": ["model_card.md"],
         "fastbert_hf.kernels.native": ["csrc/*", "build_failure.txt"],

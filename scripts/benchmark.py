@@ -1,56 +1,10 @@
-"""Measure FastBERT on this machine: the paper's comparison of feed-forward layers, then whole models.
+#!/usr/bin/env python
+"""The command `fastbert benchmark` as a script."""
 
-Every figure stands beside its baseline, measured in turns in the same run, and its result is checked against the
-reference first. Tables go to the terminal, JSON, Markdown and plots to --output_dir, after every section: started
-again, an interrupted run goes on with the sections that are missing there.
-"""
-
-import argparse
-import shutil
 import sys
-from pathlib import Path
 
-import torch
-
-from fastbert_hf.benchmarks.machine import describe
-from fastbert_hf.benchmarks.suite import QUICK_SECTIONS, SECTIONS, Options, run
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the sections and sizes that take three minutes")
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, help="default: all, or the quick ones")
-    parser.add_argument("--threads", nargs="+", type=int, help="thread counts; default: 1 and all")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark"))
-    parser.add_argument("--fresh", action="store_true", help="measure again what output_dir holds from before")
-    parser.add_argument("--trained_model", help="folder of a trained FastBERT with its tokenizer, for --text")
-    parser.add_argument("--text", help="text file whose paths through the trained model are measured")
-    arguments = parser.parse_args()
-    if bool(arguments.trained_model) != bool(arguments.text):
-        parser.error("--trained_model and --text go together")
-    return arguments
-
-
-def main() -> None:
-    arguments = parse()
-    threads = arguments.threads or sorted({1, torch.get_num_threads()})
-    sections = arguments.sections or (QUICK_SECTIONS if arguments.quick else list(SECTIONS))
-    if not arguments.trained_model:
-        sections = [name for name in sections if name != "routing"]
-    if "gpu" in sections and not torch.cuda.is_available():
-        print("no GPU that torch can use: the section gpu is left out")
-        sections = [name for name in sections if name != "gpu"]
-    if arguments.fresh:
-        shutil.rmtree(arguments.output_dir, ignore_errors=True)
-    options = Options(threads, sections, arguments.quick, arguments.trained_model, arguments.text)
-    machine = describe(threads)
-    print(machine, flush=True)
-    measured = run(options, machine, arguments.output_dir, lambda text: print(text, flush=True))
-    print(f"\nwritten to {arguments.output_dir}")
-    wrong = [row for row in measured.rows if "MISMATCH" in row.match]
-    if wrong:
-        sys.exit(f"{len(wrong)} timed results do not match the reference")
-
+from fastbert_hf.cli.arguments import run_command
+from fastbert_hf.cli.benchmark import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

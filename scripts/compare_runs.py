@@ -1,37 +1,10 @@
 #!/usr/bin/env python
-"""Compare finished pretraining runs: a table, and held-out loss against time and against tokens.
-
-python scripts/compare_runs.py --runs runs/study/1x8-0 runs/study/dense-511-0 --output_dir runs/study/comparison
-"""
+"""The command `fastbert compare` as a script."""
 
 import sys
-from dataclasses import dataclass, field
 
-import fastbert_hf  # noqa: F401  registers the configuration with AutoConfig
-from fastbert_hf.training.arguments import RecipeArgumentParser, run_command
-from fastbert_hf.training.pretraining.comparison import compare
-
-
-@dataclass
-class ComparisonArguments:
-    """Options of this script."""
-
-    runs: list[str] = field(
-        metadata={"help": "output folders of scripts/pretrain_mlm.py; several seeds of a model count"}
-    )
-    output_dir: str = field(metadata={"help": "where comparison.md, comparison.json and the plots go"})
-    baseline: str | None = field(
-        default=None, metadata={"help": 'model to compare with, e.g. "dense 511"; default: the widest dense one'}
-    )
-
-
-def main(argv: list[str] | None = None) -> str:
-    """Compare; returns the table."""
-    (options,) = RecipeArgumentParser(ComparisonArguments, description=__doc__).parse(argv)
-    table = compare(options.runs, options.baseline, options.output_dir)
-    print(table)
-    return table
-
+from fastbert_hf.cli.arguments import run_command
+from fastbert_hf.cli.compare import main
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

@@ -13,18 +13,15 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pretrain_mlm
-import run_glue
 import torch
-import train_tokenizer
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, pipeline
 
+from fastbert_hf.cli import glue, pretrain, tokenizer
+from fastbert_hf.cli.arguments import RecipeArgumentParser, run_command
 from fastbert_hf.data.documentation import Document, documentation_corpus
 from fastbert_hf.data.preparation import is_held_out
 from fastbert_hf.files import check_output_folder, write_text
-from fastbert_hf.training.arguments import RecipeArgumentParser, run_command
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 HELD_OUT_SHARE = 0.05  # of source files: their text is in neither training part
 CLASSES = 6  # packages to tell apart
 CLASS_LIMIT = 1000  # training examples per package
@@ -150,8 +147,8 @@ def check_reload(model: PreTrainedModel, folder: Path, inputs: dict[str, torch.T
 
 def pretrain_arguments(options: DemoArguments, folder: Path, files: dict[str, Path]) -> list[str]:
     """The command line of the pretraining step."""
-    argv = ["--config", str(CONFIGS / "pretrain" / "demo.yaml")]
-    argv += ["--model_config", str(CONFIGS / "model" / "small-1x9.yaml")]
+    argv = ["--config", "pretrain/demo"]
+    argv += ["--model_config", "model/small-1x9"]
     argv += ["--tokenizer_name", str(folder / "tokenizer"), "--output_dir", str(folder / "pretrained")]
     argv += ["--train_file", str(files["train"]), "--validation_file", str(files["validation"])]
     argv += ["--overwrite_output_dir", "--disable_tqdm", str(not options.progress)]
@@ -164,7 +161,7 @@ def pretrain_arguments(options: DemoArguments, folder: Path, files: dict[str, Pa
 
 def glue_arguments(options: DemoArguments, folder: Path, files: dict[str, Path]) -> list[str]:
     """The command line of the fine-tuning step."""
-    argv = ["--config", str(CONFIGS / "glue" / "demo.yaml"), "--model_name_or_path", str(folder / "pretrained")]
+    argv = ["--config", "glue/demo", "--model_name_or_path", str(folder / "pretrained")]
     argv += ["--train_file", str(files["task_train"]), "--validation_file", str(files["task_validation"])]
     argv += ["--output_dir", str(folder / "library-classifier"), "--disable_tqdm", str(not options.progress)]
     argv += ["--overwrite_output_dir"]
@@ -208,7 +205,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     Raises:
         ValueError: if the held-out loss is not `wanted_nats` under the unigram loss (not asked of --quick).
     """
-    (options,) = RecipeArgumentParser(DemoArguments, description=__doc__).parse(argv)
+    (options,) = RecipeArgumentParser(DemoArguments, extra="training", description=__doc__).parse(argv)
     folder = check_output_folder(options.output_dir)
     if options.threads < 1:
         raise ValueError(f"threads must be at least 1; got {options.threads}")
@@ -216,10 +213,10 @@ def main(argv: list[str] | None = None) -> list[str]:
     start = time.perf_counter()
     files = write_corpus(folder, options)
     size = (files["train"].stat().st_size + files["validation"].stat().st_size) / 1e6
-    tokenizer = ["--train_file", str(files["train"]), "--output_dir", str(folder / "tokenizer")]
-    train_tokenizer.main([*tokenizer, "--vocab_size", "4096"])
-    model, pretrained = pretrain_mlm.main(pretrain_arguments(options, folder, files))
-    (tuned,) = run_glue.main(glue_arguments(options, folder, files))
+    words = ["--train_file", str(files["train"]), "--output_dir", str(folder / "tokenizer")]
+    tokenizer.main([*words, "--vocab_size", "4096"])
+    model, pretrained = pretrain.main(pretrain_arguments(options, folder, files))
+    (tuned,) = glue.main(glue_arguments(options, folder, files))
     lines = [
         f"corpus           {size:.1f} MB of documentation strings, {HELD_OUT_SHARE:.0%} of source files held out",
         f"pretraining      {pretrained['parameters'] / 1e6:.2f} M parameters, "

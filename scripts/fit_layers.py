@@ -1,24 +1,10 @@
 #!/usr/bin/env python
-"""Fit trees and narrow dense layers to a dense layer of a trained model: a table of what each leaves unexplained.
-
-python scripts/fit_layers.py --model_name_or_path MODEL --layer 2 --train_file text.txt --other_file other.txt \
-    --forms leaf:5x96 dense:96 tree:1x8 --output_dir runs/fit
-"""
+"""The command `fastbert distill fit-layers` as a script."""
 
 import sys
 
-import fastbert_hf  # noqa: F401  registers the model with the Auto classes
-from fastbert_hf.training.arguments import RecipeArgumentParser, run_command
-from fastbert_hf.training.distillation.fit_table import LayerFitArguments, fit_table, format_table
-
-
-def main(argv: list[str] | None = None) -> str:
-    """Parse and fit; returns the table."""
-    (options,) = RecipeArgumentParser(LayerFitArguments, description=__doc__).parse(argv)
-    table = format_table(fit_table(options))
-    print(table)
-    return table
-
+from fastbert_hf.cli.arguments import run_command
+from fastbert_hf.cli.fit_layers import main
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

@@ -1,47 +1,10 @@
 #!/usr/bin/env python
-"""Train a WordPiece tokenizer.
-
-python scripts/train_tokenizer.py --train_file corpus.txt --output_dir runs/tokenizer --vocab_size 4096
-"""
+"""The command `fastbert tokenizer` as a script."""
 
 import sys
-from dataclasses import dataclass, field
-from pathlib import Path
 
-from fastbert_hf.data.readers import read_documents
-from fastbert_hf.data.tokenizer import save_tokenizer, train_wordpiece
-from fastbert_hf.files import check_output_folder
-from fastbert_hf.training.arguments import RecipeArgumentParser, run_command
-
-
-@dataclass
-class TokenizerArguments:
-    """Options of this script."""
-
-    train_file: list[str] = field(metadata={"help": "text files (.txt, also .gz, .xz or .zst), one document a line"})
-    output_dir: str = field(metadata={"help": "folder that AutoTokenizer will load"})
-    vocab_size: int = field(default=32768, metadata={"help": "entries, the five special tokens included"})
-    lowercase: bool = field(default=True, metadata={"help": "lower the case and strip accents"})
-    model_max_length: int = field(default=128, metadata={"help": "length that truncation cuts to"})
-    min_frequency: int = field(default=2, metadata={"help": "a pair seen less often is not merged"})
-
-
-def main(argv: list[str] | None = None) -> Path:
-    """Train and save; returns the tokenizer's folder."""
-    (options,) = RecipeArgumentParser(TokenizerArguments, description=__doc__).parse(argv)
-    output_dir = check_output_folder(options.output_dir)
-    tokenizer = train_wordpiece(
-        read_documents(options.train_file),
-        options.vocab_size,
-        options.lowercase,
-        options.model_max_length,
-        options.min_frequency,
-        progress=sys.stderr.isatty(),
-    )
-    save_tokenizer(tokenizer, output_dir)
-    print(f"{len(tokenizer)} entries in {output_dir}")
-    return output_dir
-
+from fastbert_hf.cli.arguments import run_command
+from fastbert_hf.cli.tokenizer import main
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

@@ -1,12 +1,33 @@
-"""For every test: no network, one thread."""
+"""For every test: no network, one thread, caches and temporary files of this process alone."""
 
+import atexit
 import os
-
-import pytest
-import torch
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
+
+OWN = tempfile.mkdtemp(prefix="fastbert-tests-")  # several workers, or runs, do not see each other's files
+atexit.register(shutil.rmtree, OWN, ignore_errors=True)
+for variable, name in (("HF_HOME", "hf"), ("TMPDIR", "tmp")):
+    os.environ[variable] = os.path.join(OWN, name)
+    os.mkdir(os.environ[variable])
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+LONGEST_FIRST = (  # files that would keep one of two workers busy after all others
+    "tests/kernels/test_triton.py",
+    "tests/clients/test_compile.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """With several workers, each takes the next file in this order."""
+    place = {name: index for index, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,8 @@ import pytest
 from transformers import AutoConfig, TrainingArguments
 
 import fastbert_hf  # noqa: F401  registers the model with the Auto classes
-from fastbert_hf.training.arguments import RecipeArgumentParser, load_yaml
+from fastbert_hf.cli.arguments import RecipeArgumentParser
+from fastbert_hf.recipes import load_yaml
 from fastbert_hf.training.glue.classifier import ModelArguments
 from fastbert_hf.training.glue.finetuning import DataTrainingArguments
 from fastbert_hf.training.pretraining.run import PretrainingArguments, budget_clock, step_size
@@ -62,7 +63,7 @@ def test_model_recipes_hold_known_fields_only(path):
 @pytest.mark.parametrize("path", in_group("pretrain"), ids=named)
 def test_pretraining_recipes_name_an_existing_model(path, tmp_path):
     options, args = parse(path, tmp_path)
-    config = AutoConfig.for_model("fastbert", **load_yaml(ROOT / options.model_config))
+    config = AutoConfig.for_model("fastbert", **load_yaml(options.model_config))
     assert config.max_position_embeddings >= options.max_seq_length
     clock = budget_clock(options, args, epoch_steps=1)
     assert clock.amount > 1 or clock.unit != "max_steps"  # not one epoch for want of a budget

@@ -21,11 +21,13 @@ LEVELS = [
     ("modeling_fastbert",),
     ("published_layout",),
     ("__init__",),
-    ("files",),
+    ("files", "recipes", "extras"),
     ("data",),
     ("hub",),
     ("training",),
     ("benchmarks",),
+    ("cli",),
+    ("__main__",),
 ]
 # files that travel to the Hub beside the weights, with torch and transformers alone
 BUNDLE = [

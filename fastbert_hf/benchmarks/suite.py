@@ -223,6 +223,11 @@ SECTIONS: dict[str, Callable[[Options, dict], Iterator[list[Row]]]] = {
     "memory": lambda options, ceilings: iter(()),  # not times: see `run`
     "routing": lambda options, ceilings: iter(()),  # likewise
 }
+# sections with a picture, which matplotlib draws
+PLOTS = {
+    "forward": ("time-per-token.png", plot_time_per_token),
+    "depth": ("speedup-depth.png", plot_speedup_against_depth),
+}
 QUICK_SECTIONS = ["forward", "bfloat16", "training", "models", "memory"]
 
 
@@ -298,9 +303,6 @@ def write_report(measured: Measurements, machine: dict, folder: Path) -> None:
         temporary = folder / f".{name}"
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(folder / name)
-    for name, plot, section in (
-        ("time-per-token.png", plot_time_per_token, "forward"),
-        ("speedup-depth.png", plot_speedup_against_depth, "depth"),
-    ):
+    for section, (name, plot) in PLOTS.items():
         if any(row.section == section for row in measured.rows):
             plot(measured.rows, folder / name)

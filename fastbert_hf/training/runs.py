@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerState
 
 from fastbert_hf.data.packing import check_seq_length
+from fastbert_hf.extras import require_extra
 from fastbert_hf.files import check_output_folder, staged_folder, write_text
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ def check_options(args: "TrainingArguments", max_seq_length: int) -> None:
 
     Raises:
         ValueError: naming the option, its value and what was expected.
+        MissingExtraError: the extra `training` is not installed.
     """
+    require_extra("training")
     check_output_folder(args.output_dir)
     check_seq_length(max_seq_length)
     for name in COUNTS:

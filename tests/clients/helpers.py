@@ -10,11 +10,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from fastbert_hf import FastBertConfig
+from tests.processes import CHILD_SECONDS
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = ["the", "tree", "leaf", "root", "node", "fast", "slow", "walks", "left", "right", "visits", "one", ".", "?"]
 VOCABULARY = [*SPECIAL_TOKENS, *WORDS, *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+
+FORMS = {"nodes": {}, "leaves": {"fff_leaf_width": 5}}  # fields of a configuration
 
 # run ahead of every script of `run_without_package`
 BLOCK_PACKAGE = """
@@ -73,7 +76,7 @@ def random_batch(batch: int, length: int, seed: int = 0) -> dict[str, torch.Tens
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def run_without_package(script: str, *arguments: object, cwd: Path, timeout: int = 240) -> str:
+def run_without_package(script: str, *arguments: object, cwd: Path, timeout: int = CHILD_SECONDS) -> str:
     """Run a script in a process of its own in which `import fastbert_hf` fails; its standard output.
 
     The script runs in `cwd`, which also holds the cache of code loaded from model folders.
@@ -82,7 +85,7 @@ def run_without_package(script: str, *arguments: object, cwd: Path, timeout: int
     return run_python(kernels_stay_behind + BLOCK_PACKAGE + script, *arguments, cwd=cwd, timeout=timeout)
 
 
-def run_python(script: str, *arguments: object, cwd: Path, timeout: int = 240) -> str:
+def run_python(script: str, *arguments: object, cwd: Path, timeout: int = CHILD_SECONDS) -> str:
     """Run a script in a process of its own, in `cwd`; its standard output."""
     settings = {"HF_MODULES_CACHE": str(cwd / "hf_modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **settings}

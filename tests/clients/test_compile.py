@@ -13,7 +13,7 @@ from fastbert_hf import (
     FastBertModel,
     FastFeedForward,
 )
-from tests.clients.helpers import random_batch, tiny_model
+from tests.clients.helpers import FORMS, random_batch, tiny_model
 
 SHAPES = ((3, 8), (5, 12), (2, 16))  # the first is compiled as it is, the second for any shape, the third by neither
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
@@ -114,8 +114,9 @@ def test_the_default_configuration_compiles_for_any_number_of_labels():
         torch.testing.assert_close(compiled(**inputs, labels=labels).loss, model(**inputs, labels=labels).loss)
 
 
-def test_compiled_step_with_gradient_checkpointing_has_the_gradients_of_eager():
-    model = tiny_model(FastBertForMaskedLM, **SPARSE).train()
+@pytest.mark.parametrize("form", FORMS)
+def test_compiled_step_with_gradient_checkpointing_has_the_gradients_of_eager(form):
+    model = tiny_model(FastBertForMaskedLM, **SPARSE, **FORMS[form]).train()
     inputs = masked_lm_batch(3, 8)
     expected = gradients(model, model(**inputs).loss)
     model.gradient_checkpointing_enable()

@@ -10,6 +10,7 @@ import torch
 
 from fastbert_hf import FastBertForMaskedLM, FastBertForSequenceClassification
 from tests.clients.helpers import random_batch, tiny_model
+from tests.processes import CHILD_SECONDS
 
 pytest.importorskip("accelerate")
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
@@ -99,7 +100,7 @@ def test_two_processes_have_the_gradients_of_one_on_the_whole_batch(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=CHILD_SECONDS,
     )
     assert process.returncode == 0, process.stderr[-6000:]
     for name in cases:

@@ -5,7 +5,7 @@ import torch
 from torch.export import Dim
 
 from fastbert_hf import FastBertForMaskedLM, FastBertForSequenceClassification, FastBertModel
-from tests.clients.helpers import random_batch, run_without_package, tiny_model
+from tests.clients.helpers import FORMS, random_batch, run_without_package, tiny_model
 
 SHAPES = ((1, 1), (5, 32), (2, 9), (1, 9), (7, 1))
 MODELS = {
@@ -22,6 +22,7 @@ MODELS = {
     ),
     "classifier": (FastBertForSequenceClassification, {"classifier_pooling": "mean", "num_hidden_layers": 1}),
     "masked_lm": (FastBertForMaskedLM, {"num_hidden_layers": 1}),
+    "leaf_trees": (FastBertModel, {"fff_leaf_width": 5, "num_hidden_layers": 1}),
 }
 # model, whether it takes a mask, whether it returns a tuple
 CASES = [
@@ -31,6 +32,7 @@ CASES = [
     ("classifier", True, False),
     ("classifier", False, True),
     ("masked_lm", True, True),
+    ("leaf_trees", True, True),
 ]
 
 RUN_PROGRAMS = """
@@ -49,7 +51,7 @@ run("*-tuple.pt2")  # these need torch alone
 assert "transformers" not in sys.modules
 import transformers.modeling_outputs  # the types of the other outputs
 run("*-dict.pt2")
-assert not hasattr(torch.ops.fastbert, "fff_v1")
+assert not hasattr(torch.ops.fastbert, "fff_v1") and not hasattr(torch.ops.fastbert, "leaf_trees_v1")
 assert not any(name.startswith("fastbert_hf") for name in sys.modules)
 """
 
@@ -95,17 +97,19 @@ def test_exported_programs_run_without_the_package_at_every_shape(tmp_path):
 
 
 @torch.no_grad()
-def test_exported_program_holds_no_operator_of_ours_and_refuses_sequences_beyond_the_positions():
-    program = exported(tiny_model(FastBertModel), with_mask=False)
+@pytest.mark.parametrize("form", FORMS)
+def test_exported_program_holds_no_operator_of_ours_and_refuses_sequences_beyond_the_positions(form):
+    program = exported(tiny_model(FastBertModel, num_hidden_layers=1, **FORMS[form]), with_mask=False)
     targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
     assert targets and not any("fastbert" in str(target) for target in targets)
     with pytest.raises(AssertionError, match="<= 32"):
         program.module()(**{"input_ids": random_batch(2, 33)["input_ids"]})
 
 
-def test_exported_program_can_be_trained_further():
+@pytest.mark.parametrize("form", FORMS)
+def test_exported_program_can_be_trained_further(form):
     """Export keeps the trees differentiable: the gradients are those of the op."""
-    model = tiny_model(FastBertModel)
+    model = tiny_model(FastBertModel, num_hidden_layers=1, **FORMS[form])
     inputs = random_batch(3, 7)
     gradients = []
     for run in (model, exported(model, with_mask=True).module()):

@@ -56,9 +56,14 @@ print("done")
 
 
 @pytest.fixture
-def folder(saved, tokenizer, tmp_path):
+def form():
+    return {}
+
+
+@pytest.fixture
+def folder(saved, tokenizer, tmp_path, form):
     """A working directory with `model` and what the package computes with it."""
-    model = tiny_model(FastBertForMaskedLM)
+    model = tiny_model(FastBertForMaskedLM, **form)
     inputs = random_batch(4, 9)
     fill = pipeline("fill-mask", model=saved(model))
     with use_backend("reference"), torch.no_grad():
@@ -84,6 +89,7 @@ def test_pipeline_compile_export_and_trainer_need_only_the_folder(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", [{"fff_leaf_width": 5}], ids=["leaves"])
 def test_sentence_transformers_needs_only_the_folder(folder):
     pytest.importorskip("sentence_transformers")
     assert run_without_package(EMBED, cwd=folder).split()[-1] == "done"

@@ -21,6 +21,7 @@ from fastbert_hf import (
     use_backend,
 )
 from tests.clients.helpers import random_batch, run_python, run_without_package, tiny_model
+from tests.test_structure import BUNDLE as BUNDLE_MODULES
 
 MODEL_CLASSES = {
     "AutoModel": FastBertModel,
@@ -30,24 +31,13 @@ MODEL_CLASSES = {
     "AutoModelForQuestionAnswering": FastBertForQuestionAnswering,
     "AutoModelForMultipleChoice": FastBertForMultipleChoice,
 }
-BUNDLE = {
-    "backends_fastbert.py",
-    "checkpoint_fastbert.py",
-    "configuration_fastbert.py",
-    "modeling_fastbert.py",
-    "encoder_fastbert.py",
-    "heads_fastbert.py",
-    "inputs_fastbert.py",
-    "pretrained_fastbert.py",
-    "fff_layer.py",
-    "fff_op.py",
-    "fff_reference.py",
-}
+BUNDLE = {f"{name}.py" for name in BUNDLE_MODULES}
 AUTO_MAP = {
     "AutoConfig": "configuration_fastbert.FastBertConfig",
     **{auto: f"modeling_fastbert.{model_class.__name__}" for auto, model_class in MODEL_CLASSES.items()},
 }
 PACKAGE = Path(fastbert_hf.__file__).parent
+LEAF_TREES = {"fff_leaf_width": 5}
 
 
 def batch_for(auto_class: str) -> dict[str, torch.Tensor]:
@@ -58,12 +48,12 @@ def batch_for(auto_class: str) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def save_with_outputs(folder: Path, auto_class: str) -> None:
+def save_with_outputs(folder: Path, auto_class: str, **form) -> None:
     """A model folder with what the model computes from `batch_for`: its own output and the last hidden state.
 
     The reference backend computes them: it is the one that travels with the code.
     """
-    model = tiny_model(MODEL_CLASSES[auto_class], num_labels=3)
+    model = tiny_model(MODEL_CLASSES[auto_class], num_labels=3, **form)
     model.save_pretrained(folder)
     outputs = {"inputs": batch_for(auto_class), "encoder_inputs": random_batch(4, 9)}
     with use_backend("reference"):
@@ -111,8 +101,8 @@ for folder in sorted(path for path in pathlib.Path.cwd().iterdir() if path.name.
                 model.save_pretrained("resaved-" + auto_class)
                 torch.save(saved, f"resaved-{auto_class}/outputs.pt")
         print(folder.name, auto_class)
-        registered.add(OPDEFS["fastbert::fff_v1"]._init_fn.__module__)
-assert len(registered) == 1  # the first copy of the code keeps the op
+        registered |= {OPDEFS[f"fastbert::{op}_v1"]._init_fn.__module__ for op in ("fff", "leaf_trees")}
+assert len(registered) == 2  # the first copy of the code keeps both ops
 assert not any(name.startswith("fastbert_hf") for name in sys.modules)
 """
 
@@ -134,8 +124,9 @@ assert losses[-1] < losses[0], losses
 @pytest.mark.slow
 @torch.no_grad()
 def test_without_the_package_every_folder_loads_as_every_auto_class_and_saves_again(tmp_path):
-    for auto_class in MODEL_CLASSES:
-        save_with_outputs(tmp_path / auto_class, auto_class)
+    """Folders of both forms of tree, one after the other."""
+    for number, auto_class in enumerate(MODEL_CLASSES):
+        save_with_outputs(tmp_path / auto_class, auto_class, **(LEAF_TREES if number % 2 else {}))
     printed = run_without_package(LOAD_EVERYWHERE, *MODEL_CLASSES, cwd=tmp_path)
     assert len(printed.splitlines()) == len(MODEL_CLASSES) ** 2
 
@@ -152,7 +143,7 @@ def test_without_the_package_every_folder_loads_as_every_auto_class_and_saves_ag
 
 @pytest.mark.slow
 def test_a_folder_saved_without_the_package_loads_without_it_and_trains(tmp_path):
-    save_with_outputs(tmp_path / "AutoModelForMaskedLM", "AutoModelForMaskedLM")
+    save_with_outputs(tmp_path / "AutoModelForMaskedLM", "AutoModelForMaskedLM", **LEAF_TREES)
     run_without_package(LOAD_EVERYWHERE, "AutoModelForMaskedLM", cwd=tmp_path)
     second = tmp_path / "second"
     second.mkdir()
@@ -162,7 +153,7 @@ def test_a_folder_saved_without_the_package_loads_without_it_and_trains(tmp_path
 
 def test_with_the_package_the_local_classes_load_without_trust(tmp_path):
     for auto_class, model_class in MODEL_CLASSES.items():
-        save_with_outputs(tmp_path / auto_class, auto_class)
+        save_with_outputs(tmp_path / auto_class, auto_class, **LEAF_TREES)
         model = getattr(transformers, auto_class).from_pretrained(tmp_path / auto_class)
         assert type(model) is model_class
     assert not any("transformers_modules" in name and "fastbert" in name for name in sys.modules)
@@ -208,14 +199,15 @@ with fastbert_hf.use_backend("reference"), torch.no_grad():  # one choice holds 
         assert torch.equal(model(**saved["inputs"])[0], saved["own"])
 from torch._library.custom_ops import OPDEFS  # the definition that holds
 assert OPDEFS["fastbert::fff_v1"]._init_fn.__module__ == "fastbert_hf.fff_op"
+assert OPDEFS["fastbert::leaf_trees_v1"]._init_fn.__module__ == "fastbert_hf.leaf_op"
 print("equal")
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["bundle", "package"])
-def test_the_bundle_and_the_package_compute_and_train_alike_in_one_process(first, tmp_path):
-    save_with_outputs(tmp_path / "model", "AutoModelForMaskedLM")
+@pytest.mark.parametrize(("first", "form"), [("bundle", {}), ("package", {}), ("bundle", LEAF_TREES)], ids=str)
+def test_the_bundle_and_the_package_compute_and_train_alike_in_one_process(first, form, tmp_path):
+    save_with_outputs(tmp_path / "model", "AutoModelForMaskedLM", **form)
     assert run_python(TWO_COPIES, first, cwd=tmp_path).split() == ["equal"]
 
 

@@ -62,6 +62,7 @@ def test_onnx_files_run_without_the_package_at_every_shape(tmp_path):
             FastBertForSequenceClassification, classifier_pooling="mean", num_hidden_layers=1
         ),
         "encoder-mask": tiny_model(FastBertModel),
+        "leaf_trees-mask": tiny_model(FastBertModel, num_hidden_layers=1, fff_leaf_width=5),
         "encoder-nomask": tiny_model(FastBertModel, num_hidden_layers=1),
         "masked_lm-mask": tiny_model(
             FastBertForMaskedLM, norm_scheme="post", use_bias=True, type_vocab_size=2, num_hidden_layers=1

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from fastbert_hf import FastBertForMaskedLM, FastBertForSequenceClassification
-from tests.clients.helpers import random_batch, tiny_model
+from tests.clients.helpers import FORMS, random_batch, tiny_model
 
 peft = pytest.importorskip("peft")
 
 RANK = 4
 ATTENTION = {"target_modules": ["query", "value"]}
 TREES = {"target_parameters": ["ffn.weight_in", "ffn.weight_out"]}
+LEAVES = {"target_parameters": ["ffn.router", "ffn.weight_in", "ffn.weight_out"]}
 BOTH = {**ATTENTION, **TREES}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
 
@@ -50,9 +51,13 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model(**random_batch(3, 8)).logits
 
 
-@pytest.mark.parametrize("targets", [ATTENTION, TREES, BOTH], ids=["attention", "trees", "both"])
-def test_adapter_starts_as_the_model_trains_merges_and_loads_again(targets, tmp_path):
-    base = tiny_model(FastBertForMaskedLM, **NO_DROPOUT)
+@pytest.mark.parametrize(
+    ("targets", "form"),
+    [(ATTENTION, "nodes"), (TREES, "nodes"), (BOTH, "nodes"), ({**ATTENTION, **LEAVES}, "leaves")],
+    ids=["attention", "trees", "both", "leaves"],
+)
+def test_adapter_starts_as_the_model_trains_merges_and_loads_again(targets, form, tmp_path):
+    base = tiny_model(FastBertForMaskedLM, **NO_DROPOUT, **FORMS[form])
     frozen = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     model = adapted(base, targets).eval()
     assert torch.equal(logits(model), logits(base)), "lora_B starts at zero"
@@ -75,7 +80,7 @@ def test_adapter_starts_as_the_model_trains_merges_and_loads_again(targets, tmp_
     touched = {name for name, tensor in merged.state_dict().items() if not torch.equal(tensor, frozen[name])}
     layers = [f"fastbert.layers.{index}." for index in range(2)]
     names = {"target_modules": ("attention.query.weight", "attention.value.weight")}
-    names["target_parameters"] = ("ffn.weight_in", "ffn.weight_out")
+    names["target_parameters"] = tuple(targets.get("target_parameters", ()))
     assert touched == {layer + name for layer in layers for kind in targets for name in names[kind]}
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastbert_hf import FastBertForMaskedLM, FastBertModel
-from tests.clients.helpers import tiny_model
+from tests.clients.helpers import FORMS, tiny_model
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 
@@ -18,9 +18,10 @@ def mean_of_tokens(model, tokenizer) -> torch.Tensor:
     return torch.cat([states.mean(1) for states in hidden])
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("model_class", [FastBertModel, FastBertForMaskedLM])
-def test_encode_equals_the_mean_over_tokens(saved, tokenizer, model_class):
-    model = tiny_model(model_class)
+def test_encode_equals_the_mean_over_tokens(saved, tokenizer, model_class, form):
+    model = tiny_model(model_class, **FORMS[form])
     embedder = sentence_transformers.SentenceTransformer(saved(model), device="cpu")
     embeddings = embedder.encode(SENTENCES, convert_to_tensor=True)  # one padded batch
     expected = mean_of_tokens(getattr(model, "fastbert", model), tokenizer)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from fastbert_hf import FastBertForMaskedLM, FastBertForSequenceClassification
-from tests.clients.helpers import random_batch, tiny_model
+from tests.clients.helpers import FORMS, random_batch, tiny_model
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
 
@@ -70,14 +70,15 @@ def weights(run: Trainer) -> dict[str, torch.Tensor]:
 
 
 @each_task
-def test_training_lowers_the_loss_and_saves_a_folder_that_opens_with_its_code(task, tmp_path):
-    run = trainer(task, tmp_path, NO_DROPOUT, max_steps=12)
+@pytest.mark.parametrize("form", FORMS)
+def test_training_lowers_the_loss_and_saves_a_folder_that_opens_with_its_code(task, form, tmp_path):
+    run = trainer(task, tmp_path, NO_DROPOUT | FORMS[form], max_steps=12)
     before = run.evaluate()["eval_loss"]
     run.train()
     evaluation = run.evaluate()
     assert evaluation["eval_loss"] < before
     run.save_model()
-    assert (tmp_path / "modeling_fastbert.py").exists() and (tmp_path / "fff_op.py").exists()
+    assert all((tmp_path / name).exists() for name in ("modeling_fastbert.py", "fff_op.py", "leaf_op.py"))
 
     model = TASKS[task][2].from_pretrained(tmp_path).eval()
     batch = {name: torch.stack([e[name] for e in run.eval_dataset]) for name in run.eval_dataset[0]}

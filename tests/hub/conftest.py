@@ -15,6 +15,7 @@ from transformers import BertTokenizer
 from fastbert_hf import FastBertForMaskedLM
 from tests.clients.helpers import VOCABULARY, tiny_model
 from tests.hub.loopback import OWNER, USERS, LoopbackHub
+from tests.processes import CHILD_SECONDS
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -83,7 +84,7 @@ def client(server, tmp_path_factory):
     worker = Client(server.url, tmp_path_factory.mktemp("hf-home"))
     yield worker
     worker.process.stdin.close()
-    worker.process.wait(30)
+    worker.process.wait(CHILD_SECONDS)
 
 
 @pytest.fixture

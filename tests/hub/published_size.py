@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.hub.conftest import FIXTURES, ROOT
+from tests.processes import CHILD_SECONDS
 
 HIDDEN, LAYERS, HEADS, VOCABULARY, NODES = 768, 16, 12, 32768, 4095
 
@@ -88,7 +89,7 @@ def write_published(folder: Path) -> None:
 def measure(folder: Path, auto_class: str) -> dict[str, float]:
     """Private memory (RssAnon) beyond that of the imports, as a multiple of the weights' bytes, and seconds."""
     command = [sys.executable, "-c", MEASURE, str(folder), auto_class]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=CHILD_SECONDS)
     return json.loads(result.stdout)
 
 

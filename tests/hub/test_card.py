@@ -14,6 +14,7 @@ from fastbert_hf.hub import origin
 from fastbert_hf.hub.card import PIPELINES, TEMPLATE, render_card
 from tests.clients.helpers import tiny_config
 from tests.hub.conftest import ROOT
+from tests.processes import CHILD_SECONDS
 
 GLUE = {"task": "mrpc", "train_examples": 3668, "seed": 3, "steps": 345, "examples": 408}
 GLUE |= {"f1": 0.87654, "majority_f1": 0.81, "accuracy": 0.80392, "majority_accuracy": 0.68}
@@ -116,7 +117,7 @@ def test_licence_and_origin_of_the_folder_are_kept(tmp_path):
 def test_the_template_is_the_one_at_the_top_and_travels_with_the_package(tmp_path):
     assert TEMPLATE.read_text() == (ROOT / "model_card.md").read_text()
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=CHILD_SECONDS)
     built = tmp_path / "fastbert_hf" / "hub" / "model_card.md"
     assert not built.is_symlink() and built.read_text() == TEMPLATE.read_text()
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.hub.conftest import ROOT, folder_files, hub_environment
 from tests.hub.test_pull import pulled, refused
+from tests.processes import CHILD_SECONDS
 
 NO_LINKS = "import huggingface_hub.file_download as f\n"
 NO_LINKS += "f.real = f.are_symlinks_supported; f.are_symlinks_supported = lambda *a, **k: False"
@@ -102,7 +103,7 @@ def test_a_pull_cleans_up_after_one_that_was_killed(client, hub, repo, folder, t
         cwd=ROOT,
         env=hub_environment(hub.url, client.home, PYTHONPATH=str(ROOT)),
         capture_output=True,
-        timeout=300,
+        timeout=CHILD_SECONDS,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     left = os.listdir(target) if exists else set(os.listdir(tmp_path)) - before

@@ -10,6 +10,7 @@ import pytest
 from tests.clients.helpers import BLOCK_PACKAGE
 from tests.hub.conftest import ROOT, hub_environment, published_files
 from tests.hub.loopback import YOU
+from tests.processes import CHILD_SECONDS
 
 
 def commands() -> list[list[str]]:
@@ -30,7 +31,7 @@ def test_the_commands_of_the_readme_work_in_their_order(client, hub, tmp_path):
                 (code,) = arguments
                 environment = hub_environment(hub.url, tmp_path / "home", YOU)
                 command = [sys.executable, "-c", f"{BLOCK_PACKAGE}\n{code}"]
-                subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=240)
+                subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=CHILD_SECONDS)
                 continue
             name = re.fullmatch(r"scripts/(\w+)\.py", script)[1]
             answer = client.script(name, *arguments, token=YOU)

@@ -12,6 +12,7 @@ from tests.clients.helpers import BLOCK_PACKAGE, random_batch, tiny_model
 from tests.clients.test_hub_code import AUTO_MAP
 from tests.hub.conftest import folder_files, hub_environment, published_files
 from tests.hub.loopback import OWNER
+from tests.processes import CHILD_SECONDS
 
 ONLINE = """
 import torch, transformers
@@ -55,7 +56,7 @@ def run(script, *arguments, cwd, url, **environment):
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=240,
+        timeout=CHILD_SECONDS,
     )
     assert result.returncode == 0, result.stderr[-5000:]
     assert OWNER not in result.stdout + result.stderr

@@ -15,7 +15,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 
 def run(request: dict) -> int:
-    from fastbert_hf.training.arguments import run_command
+    from fastbert_hf.cli.arguments import run_command
 
     if "code" in request:
         exec(compile(request["code"], "snippet", "exec"), {"__name__": "snippet"})

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastbert_hf.kernels.native import build
+from tests.processes import CHILD_SECONDS
 
 DRIVER = Path(__file__).parent / "sanitize" / "driver.cpp"
 FLAGS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
@@ -34,6 +35,6 @@ def test_kernels_are_clean_under_sanitizers(tmp_path):
     subprocess.run([*compiler, *FLAGS, *map(str, objects), "-pthread", "-o", str(program)], check=True)
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
     environment.pop("LD_PRELOAD", None)
-    result = subprocess.run([str(program)], capture_output=True, text=True, env=environment, timeout=300)
+    result = subprocess.run([str(program)], capture_output=True, text=True, env=environment, timeout=CHILD_SECONDS)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert "0 failures" in result.stdout

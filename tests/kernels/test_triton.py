@@ -11,6 +11,7 @@ import torch
 from fastbert_hf.fff_op import BACKENDS
 from fastbert_hf.kernels.triton.regimes import REGIMES, VARIABLE
 from tests.kernels.cases import ACTIVATIONS
+from tests.processes import CHILD_SECONDS
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
@@ -41,7 +42,7 @@ def test_kernels_pass_their_tests_under_the_interpreter():
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "FASTBERT_BACKEND": ""},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=CHILD_SECONDS,
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     last = result.stdout.strip().splitlines()[-1]

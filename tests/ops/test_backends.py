@@ -16,6 +16,7 @@ import torch
 from fastbert_hf import FastFeedForward, backends_fastbert, fff, use_backend
 from fastbert_hf.backends_fastbert import BACKENDS, backend_for, chosen_backend
 from fastbert_hf.fff_op import ReferenceBackend, select_backend
+from tests.processes import CHILD_SECONDS
 
 X, WEIGHT = torch.zeros(2, 4), torch.zeros(7, 4)
 CALL = (X, WEIGHT, WEIGHT, 1, 2, "gelu")
@@ -135,7 +136,7 @@ def test_a_choice_leaves_the_environment_alone(monkeypatch):
 
 def test_threads_do_not_see_each_others_choice(registry):
     registry(CountingBackend("one"), CountingBackend("two"), ReferenceBackend())
-    both_chose = threading.Barrier(2, timeout=30)
+    both_chose = threading.Barrier(2, timeout=CHILD_SECONDS)
 
     def work(name):
         with use_backend(name):
@@ -237,6 +238,6 @@ def test_without_the_package_only_the_ops_own_backends_are_registered(tmp_path):
         "from bundle.fff_op import BACKENDS; print(list(BACKENDS))"
     )
     process = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env={}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script], cwd=tmp_path, env={}, capture_output=True, text=True, timeout=CHILD_SECONDS
     )
     assert process.stdout.strip() == "['reference']", process.stderr[-2000:]

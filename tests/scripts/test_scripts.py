@@ -19,6 +19,7 @@ import run_glue  # noqa: E402
 import train_tokenizer  # noqa: E402
 
 from fastbert_hf.data.documentation import Document  # noqa: E402
+from tests.processes import CHILD_SECONDS  # noqa: E402
 
 OUT = ["--output_dir", "OUT"]  # stands for a folder that does not exist yet
 
@@ -27,7 +28,9 @@ def start(script, *arguments, **environment):
     """Run a script as a user does."""
     command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
     settings = {**os.environ, **environment}
-    return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPTS.parent, timeout=300, env=settings)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=SCRIPTS.parent, timeout=CHILD_SECONDS, env=settings
+    )
 
 
 def noise_on_import(folder):

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForMaskedLM
 
 from fastbert_hf.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
-from fastbert_hf.training.arguments import load_yaml
+from fastbert_hf.recipes import load_yaml
 from fastbert_hf.training.glue import finetuning
 from fastbert_hf.training.pretraining.model import model_config
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
 
 from fastbert_hf import FastBertConfig, FastBertForSequenceClassification, LeafFeedForward
 from fastbert_hf.data.tokenizer import load_tokenizer
-from fastbert_hf.training.arguments import load_yaml
+from fastbert_hf.recipes import load_yaml
 from fastbert_hf.training.leaf_balance import (
     BalanceLeaves,
     add_balance,

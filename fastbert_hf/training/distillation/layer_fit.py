@@ -22,7 +22,6 @@ FORMS = {
     "leaf": r"leaf:(?:(\d+)x)?(\d+)x(\d+)",  # trees, depth, leaf width
     "flat": r"flat:(\d+)x(\d+)",  # leaves, leaf width
 }
-ROUTERS = ("router", "threshold", "offset")
 EXAMPLES = "dense:96, tree:1x8 (trees, depth), leaf:5x96 (depth, leaf width), leaf:2x4x48 (trees first) or flat:32x96"
 
 
@@ -32,15 +31,14 @@ class FitSettings:
 
     Attributes:
         steps, rows_per_step: each step takes so many rows at random.
-        learning_rate: at the start. router_share: part of it for routers, whose logits are sums over all of H: at the
-            full rate rows change leaves faster than leaves learn. balance: rate of `balance_leaves` after each step.
+        learning_rate: at the start. balance: rate of `balance_leaves` after each step; without it a few leaves soon
+            take most rows.
         seed: for rows and random parameters.
     """
 
     steps: int = 1500
     rows_per_step: int = 1024
     learning_rate: float = 1e-3
-    router_share: float = 0.1
     balance: float = 0.5
     seed: int = 0
 
@@ -189,7 +187,7 @@ def fit_layer(layer: nn.Module, x: Tensor, targets: Tensor, settings: FitSetting
         ValueError: the error is no longer finite.
     """
     draw = torch.Generator().manual_seed(settings.seed)
-    optimizer = torch.optim.AdamW(_groups(layer, settings), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     layer.train()
     start_counting(layer)
@@ -208,15 +206,6 @@ def fit_layer(layer: nn.Module, x: Tensor, targets: Tensor, settings: FitSetting
     stop_counting(layer)
     last = losses[-max(1, settings.steps // 10) :]
     return sum(last) / len(last)
-
-
-def _groups(layer: nn.Module, settings: FitSettings) -> list[dict]:
-    """The layer's parameters with their learning rates."""
-    routers, others = [], []
-    for name, parameter in layer.named_parameters():
-        (routers if name in ROUTERS else others).append(parameter)
-    rate = settings.learning_rate
-    return [{"params": others, "lr": rate}, {"params": routers, "lr": rate * settings.router_share}]
 
 
 @torch.no_grad()

@@ -56,6 +56,7 @@ from fastbert_hf.training.runs import (
     train,
     write_summary,
 )
+from fastbert_hf.training.trainer_hooks import check_hooks
 
 
 def tokenize(split: Split, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, pad: bool):
@@ -168,6 +169,7 @@ def _run(
 
 def _check_one(model_options: ModelArguments, data: DataTrainingArguments, args: TrainingArguments) -> None:
     check_options(args, data.max_seq_length)
+    check_hooks(ClassifierTrainer)
     check_options_together(model_options, data, args)
     if len(model_options.model_name_or_path) > 1 or len(data.task_name) > 1:
         raise ValueError("one model and one task are wanted here; several are run by finetune_all")
@@ -221,6 +223,9 @@ class _Preparation:
 
 class ClassifierTrainer(Trainer):
     """A Trainer whose `dataloader_drop_last` drops training rows only: every example is measured and answered."""
+
+    HOOKS = ("get_eval_dataloader", "get_test_dataloader")
+    SETTINGS = ()
 
     def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
         """The Trainer's, of all rows."""

@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fastbert_hf.training.arguments import load_yaml
+from fastbert_hf.recipes import load_yaml
 from fastbert_hf.training.checkpoints import check_weights
 from fastbert_hf.training.runs import check_fit
 

@@ -35,6 +35,7 @@ from fastbert_hf.training.provenance import (
 )
 from fastbert_hf.training.publishing import check_push, prepare_folder, publish
 from fastbert_hf.training.runs import check_options, is_main_process, quiet_host, save_model
+from fastbert_hf.training.trainer_hooks import check_hooks
 
 SCHEDULES = ("triangle", "trainer")
 # Training arguments that the options of this file replace, or that only say how many steps there are.
@@ -57,7 +58,7 @@ class PretrainingArguments(CorpusArguments):
     """What is trained, on which text, and how much of it."""
 
     model_config: str | None = field(
-        default=None, metadata={"help": "YAML with model configuration fields, e.g. configs/model/small-1x9.yaml"}
+        default=None, metadata={"help": "YAML, or recipe, with model configuration fields, e.g. model/small-1x9"}
     )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "continue from these weights instead of a new model from model_config"}
@@ -213,8 +214,10 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
 
     Raises:
         ValueError: for anything wrong in the options, before training starts; for training that diverges.
+        MissingExtraError: the extra `training` is not installed.
     """
     check_options(args, options.max_seq_length)
+    check_hooks(BudgetTrainer)
     _check(options, args)
     check_push(args)
     checkpoint = find_checkpoint(args, options.overwrite_output_dir)

@@ -17,6 +17,7 @@ from fastbert_hf.data.order import MicrobatchOrder
 from fastbert_hf.training.checkpoints import STATE, last_checkpoint, remove_unfinished, staged_checkpoint
 from fastbert_hf.training.pretraining.budget import BudgetClock, ramped_microbatches, triangle
 from fastbert_hf.training.provenance import Provenance
+from fastbert_hf.training.trainer_hooks import check_hooks
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,18 @@ class BudgetTrainer(Trainer):
         max_rollbacks: how often they may go back; one more is a ValueError.
         provenance: what the run is made with; every checkpoint holds it.
         **kwargs: for `Trainer`; `train_dataset` is map-style, all of its items are of one length.
+
+    Raises:
+        ValueError: this version of transformers no longer uses what is overridden here.
     """
+
+    # what `check_hooks` looks for: a method that Trainer no longer calls would be left out without a word
+    HOOKS = (
+        "get_train_dataloader", "get_batch_samples", "training_step", "create_scheduler",
+        "_load_optimizer_and_scheduler", "_get_grad_norm", "_get_output_dir", "_save_checkpoint",
+        "_push_from_checkpoint", "log", "_load_from_checkpoint",
+    )  # fmt: skip
+    SETTINGS = ("current_gradient_accumulation_steps", "_created_lr_scheduler")
 
     def __init__(
         self,
@@ -57,6 +69,7 @@ class BudgetTrainer(Trainer):
         provenance: Provenance | None = None,
         **kwargs: Any,
     ):
+        check_hooks(type(self))
         super().__init__(**kwargs)
         self.clock, self.batch_size, self.ramp_share = clock, batch_size, ramp_share
         self.follows_clock, self.evaluations, self.save_minutes = follows_clock, evaluations, save_minutes

@@ -24,6 +24,7 @@ from fastbert_hf.training.distillation.layer_fit import (
     unexplained,
 )
 from fastbert_hf.training.distillation.start_from_data import DenseWeights
+from tests.processes import CHILD_SECONDS
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "fit_layers.py"
 
@@ -195,7 +196,7 @@ def test_mistakes_are_named_before_the_work(bert, tiny, tmp_path, changes, messa
 def test_the_command_says_one_line(tmp_path):
     arguments = ["--model_name_or_path", str(tmp_path / "absent"), "--train_file", "a", "--other_file", "b"]
     command = [sys.executable, str(SCRIPT), *arguments, "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_SECONDS)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 

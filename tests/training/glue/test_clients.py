@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fastbert_hf.training.arguments import RecipeArgumentParser
+from fastbert_hf.cli.arguments import RecipeArgumentParser
+from tests.processes import CHILD_SECONDS
 from tests.training.conftest import write_split
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "scripts"))
 import run_glue  # noqa: E402
 
@@ -114,7 +115,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(pretrained, glue_
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=CHILD_SECONDS,
     )
     assert process.returncode == 0, process.stderr[-6000:]
     assert process.stdout.count("[2/2] calm, sst2, seed 1") == 1

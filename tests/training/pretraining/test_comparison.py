@@ -11,7 +11,7 @@ from fastbert_hf.training.pretraining.comparison import by_model, read_run, verd
 from fastbert_hf.training.pretraining.run import pretrain
 from tests.training.runs import arguments
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
 
 import compare_runs
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.processes import CHILD_SECONDS
 from tests.training.runs import losses
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCRIPT = str(ROOT / "scripts" / "pretrain_mlm.py")
 ENVIRONMENT = {
     **os.environ,
@@ -49,7 +50,9 @@ def command(tiny, folder, microbatch, *extra):
 
 
 def finish(arguments, **options):
-    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **options)
+    done = subprocess.run(
+        arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=CHILD_SECONDS, **options
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 
@@ -70,7 +73,7 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(tiny, uninterru
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen([sys.executable, *command(tiny, out, 4)], env=ENVIRONMENT, **quiet)
         try:
-            deadline = time.monotonic() + 200
+            deadline = time.monotonic() + CHILD_SECONDS
             while process.poll() is None and not any(
                 int(path.name[11:]) >= wanted for path in out.glob("checkpoint-*")
             ):
@@ -78,7 +81,7 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(tiny, uninterru
                 time.sleep(0.002)  # whatever it is doing then, perhaps writing the next checkpoint
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
-                kills += process.wait(timeout=60) == -signal.SIGKILL
+                kills += process.wait(timeout=CHILD_SECONDS) == -signal.SIGKILL
         finally:
             process.kill()
             process.wait()

@@ -1,100 +1,44 @@
-"""Command lines with YAML recipes: `--config FILE.yaml` first, then overrides; the last value wins."""
+"""Command lines with YAML recipes: `--config RECIPE` first, then overrides; the last value wins."""
 
 import argparse
 import gc
 import json
 import logging
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import HfArgumentParser
+
+from fastbert_hf.extras import MissingExtraError, require_extra
+from fastbert_hf.recipes import load_yaml
 
 logger = logging.getLogger(__name__)
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 5e-5 as a number, which YAML 1.1 does only with a dot, and rejects repeated keys."""
-
-    def compose_mapping_node(self, anchor):
-        """Compare keys as written: merge keys (<<) later put entries beside those that override them."""
-        node = super().compose_mapping_node(anchor)
-        keys = [(key.tag, key.value) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.composer.ComposerError(None, None, f"key {key[1]!r} appears twice", node.start_mark)
-        return node
-
-    def flatten_mapping(self, node):
-        """Replace << by what it names, each key once: own entries win, then earlier mappings of a merge list.
-
-        PyYAML's own way leaves keys several times; from 6.0.4 on, a merged mapping that itself merges others then
-        passes on what it has overridden.
-        """
-        merged, own = [], []
-        for key, value in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
-                merged += value.value if isinstance(value, yaml.SequenceNode) else [value]
-            else:
-                own.append((key, value))
-        node.value = own  # from here on, so that a mapping that merges itself ends
-        for mapping in merged:
-            if not isinstance(mapping, yaml.MappingNode):
-                message = f"<< takes a mapping or a list of mappings; got a {mapping.id}"
-                raise yaml.constructor.ConstructorError(None, None, message, mapping.start_mark)
-            self.flatten_mapping(mapping)
-            known = [(key.tag, key.value) for key, _ in own]
-            own += [(key, value) for key, value in mapping.value if (key.tag, key.value) not in known]
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a recipe.
-
-    Args:
-        path: a YAML file that holds one mapping.
-
-    Returns:
-        The mapping.
-
-    Raises:
-        ValueError: if the file is missing, is not YAML, repeats a key or is not a mapping.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"recipe file {str(path)!r} does not exist")
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.load(file, Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe file {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"recipe file {str(path)!r} must hold 'key: value' lines; got {type(content).__name__}")
-    return content
-
-
 class RecipeArgumentParser(HfArgumentParser):
-    """`HfArgumentParser` that understands `--config FILE.yaml` and raises instead of printing pages of usage.
+    """`HfArgumentParser` that understands `--config RECIPE` and raises instead of printing pages of usage.
 
     A recipe's entries become command-line tokens placed before the user's own, so argparse converts both in the
     same way and the command line wins.
 
     Args:
         dataclass_types: dataclasses whose fields are the options.
+        extra: extra of the package without which the command cannot work; see `fastbert_hf.extras`.
         **kwargs: for `argparse.ArgumentParser`.
     """
 
-    def __init__(self, dataclass_types, **kwargs):
+    def __init__(self, dataclass_types, extra: str | None = None, **kwargs):
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
-        self.add_argument("--config", action="append", default=[], help="YAML recipe; options given beside it win")
+        self.extra = extra
+        self.add_argument(
+            "--config",
+            action="append",
+            default=[],
+            help="YAML file, or a recipe that comes with the package, e.g. pretrain/demo; options beside it win",
+        )
 
     def error(self, message: str):
         """Called by argparse for a bad command line.
@@ -115,8 +59,11 @@ class RecipeArgumentParser(HfArgumentParser):
 
         Raises:
             ValueError: for an unknown option or recipe key, a value of the wrong type, or a bad recipe file.
+            MissingExtraError: `extra` is not installed; --help works without it.
         """
         argv = list(sys.argv[1:] if argv is None else argv)
+        if self.extra is not None and not {"-h", "--help"} & set(argv):
+            require_extra(self.extra)
         finder = HfArgumentParser([], add_help=False, allow_abbrev=False)
         finder.add_argument("--config", action="append", default=[])
         files, _ = finder.parse_known_args(argv)
@@ -128,7 +75,7 @@ class RecipeArgumentParser(HfArgumentParser):
         """Turn a recipe into command-line tokens.
 
         Args:
-            path: YAML file whose keys are option names without the dashes.
+            path: YAML file, or name of a recipe, whose keys are option names without the dashes.
 
         Returns:
             Tokens in file order; entries without a value are left out.
@@ -153,7 +100,7 @@ class RecipeArgumentParser(HfArgumentParser):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """`ArgumentParser` for scripts without recipes; it keeps the description's lines and raises like the above.
+    """`ArgumentParser` for commands without recipes; it keeps the description's lines and raises like the above.
 
     Args:
         **kwargs: for `argparse.ArgumentParser`.
@@ -172,7 +119,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def run_command(main: Callable[[], Any]) -> int:
-    """Run a script's main function; a user's mistake becomes one line instead of a traceback.
+    """Run a command's main function; a user's mistake becomes one line instead of a traceback.
 
     A process group that training has opened is closed behind it.
 
@@ -180,7 +127,7 @@ def run_command(main: Callable[[], Any]) -> int:
         main: function without arguments that raises ValueError for wrong input.
 
     Returns:
-        Exit code: 0, or 2 after a ValueError. `--log_level debug` also prints the traceback.
+        Exit code: 0, or 2 after a ValueError or a missing extra. `--log_level debug` also prints the traceback.
     """
     try:
         main()
@@ -189,7 +136,7 @@ def run_command(main: Callable[[], Any]) -> int:
             # aborts the process: seen with gloo, once in a hundred runs on a busy machine.
             gc.collect()
             torch.distributed.destroy_process_group()
-    except ValueError as error:
+    except (ValueError, MissingExtraError) as error:
         logger.debug("the error's origin", exc_info=True)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

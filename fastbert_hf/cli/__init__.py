@@ -1,0 +1,1 @@
+"""The command `fastbert`: one module a subcommand, each with a `main(argv)` that scripts/ call too."""

@@ -7,7 +7,6 @@ import torch
 
 from fastbert_hf import FastBertConfig, FastBertModel
 from fastbert_hf.training.figures import plot_tree_usage
-from fastbert_hf.training.pretraining import pretrain
 from fastbert_hf.training.pretraining.run import pretrain
 from fastbert_hf.training.pretraining.tree_usage import (
     VisitCounts,

@@ -18,9 +18,15 @@ for variable, name in (("HF_HOME", "hf"), ("TMPDIR", "tmp")):
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-LONGEST_FIRST = (  # files that would keep one of two workers busy after all others
+LONGEST_FIRST = (  # files that would keep one worker busy after all others, were they last
     "tests/kernels/test_triton.py",
+    "tests/training/pretraining/test_processes.py",
+    "tests/kernels/test_native_sanitize.py",
     "tests/clients/test_compile.py",
+    "tests/scripts/test_scripts.py",
+    "tests/training/test_leaf_balance.py",
+    "tests/hub/test_without_package.py",
+    "tests/training/glue/test_clients.py",
 )
 
 

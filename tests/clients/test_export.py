@@ -26,10 +26,8 @@ MODELS = {
 }
 # model, whether it takes a mask, whether it returns a tuple
 CASES = [
-    ("encoder", True, True),
     ("encoder", False, False),
     ("post_norm_encoder", True, False),
-    ("classifier", True, False),
     ("classifier", False, True),
     ("masked_lm", True, True),
     ("leaf_trees", True, True),

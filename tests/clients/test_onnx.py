@@ -61,7 +61,6 @@ def test_onnx_files_run_without_the_package_at_every_shape(tmp_path):
         "classifier-mask": tiny_model(
             FastBertForSequenceClassification, classifier_pooling="mean", num_hidden_layers=1
         ),
-        "encoder-mask": tiny_model(FastBertModel),
         "leaf_trees-mask": tiny_model(FastBertModel, num_hidden_layers=1, fff_leaf_width=5),
         "encoder-nomask": tiny_model(FastBertModel, num_hidden_layers=1),
         "masked_lm-mask": tiny_model(

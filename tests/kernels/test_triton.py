@@ -118,7 +118,9 @@ def test_what_a_call_launches_compiles_for_real_hardware(launches, monkeypatch, 
     nodes = trees * (2 ** (depth + 1) - 1)
     weights = [torch.zeros(nodes, *columns, dtype=dtype) for columns in ((width,), (), (out_width,))]
     backend = BACKENDS["triton"]
-    for activation in ACTIVATIONS:
+    # activations are float32 whatever the dtype, and only their code differs between the kernels of a walk
+    every = dtype == torch.float32 and depth == 11 and regime == "walk"
+    for activation in ACTIVATIONS if every else ACTIVATIONS[:1]:
         _, visited, logits = backend.forward(x, *weights, trees, depth, activation)
         backend.infer(x, weights[0], None, weights[2], trees, depth, activation)
         backend.backward(grad_y, x, *weights, visited, logits, activation, [True] * 4)

@@ -89,7 +89,9 @@ def test_labels_of_a_wrong_shape_raise(auto_class, fields, labels, expected, spa
         model(ids, **labels)
 
 
-@pytest.mark.parametrize(("auto_class", "fields", "labels", "expected"), WRONG_LABELS)
+@pytest.mark.parametrize(
+    ("auto_class", "fields", "labels", "expected"), {case[0]: case for case in WRONG_LABELS}.values()
+)
 def test_labels_of_a_wrong_shape_raise_in_a_compiled_model(auto_class, fields, labels, expected):
     torch._dynamo.reset()
     model = build(auto_class, sparse_prediction=0.25, num_hidden_layers=0, **fields).train()

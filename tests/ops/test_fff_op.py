@@ -1,7 +1,6 @@
 """Trees of single neurons: recorded fixtures, paths, memory; test_both_forms.py has what leaf trees share."""
 
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -123,8 +122,7 @@ def test_bad_arguments_raise_a_value_error_that_names_them(message):
         fff(**call)
 
 
-def test_backends_are_listed_with_reasons():
-    output = subprocess.run(
-        [sys.executable, "-m", "fastbert_hf.kernels"], capture_output=True, text=True, check=True
-    ).stdout
+def test_backends_are_listed_with_reasons(capsys):
+    runpy.run_module("fastbert_hf.kernels", run_name="__main__")
+    output = capsys.readouterr().out
     assert "reference  available" in output and "cpu float32:" in output

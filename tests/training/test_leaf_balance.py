@@ -24,7 +24,7 @@ from fastbert_hf.training.leaf_balance import (
 from fastbert_hf.training.pretraining.model import model_config
 from fastbert_hf.training.pretraining.run import pretrain
 from tests.training.conftest import TINY_MODEL
-from tests.training.pretraining.test_processes import command, finish
+from tests.training.pretraining.test_processes import command, finish, pretrain_here
 from tests.training.runs import arguments, losses, run_all
 
 
@@ -279,8 +279,8 @@ def test_two_processes_move_thresholds_like_one_that_has_all_rows(tmp_path):
 def test_two_processes_pretrain_with_the_thresholds_of_one(leafy, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     changes = ["--batch_ramp=0", "--balance_leaves=0.5", f"--budget_tokens={12 * 8 * 16}", "--learning_rate=1e-3"]
-    for name, start in (("one", [sys.executable]), ("two", launch)):
-        finish([*start, *command(leafy, tmp_path / name, 4, *changes)])
+    pretrain_here(leafy, tmp_path / "one", *changes)
+    finish([*launch, *command(leafy, tmp_path / "two", 4, *changes)])
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=2e-3, rtol=0)

@@ -1,14 +1,15 @@
 """These tests run where Triton can: on a GPU, or on CPU tensors in a process with TRITON_INTERPRET=1.
 
-Triton reads that variable when it is imported, so `tests/kernels/test_triton_interpreted.py` starts processes of its
-own. The interpreter takes time for every step of every program: its calls are small, and float32 stands for all types
-where they share the code. A GPU runs every shape in every type.
+Triton reads that variable when it is imported, so `tests/kernels/test_triton.py` starts a process of its own. The
+interpreter takes time for every step of every program: its calls are small, and float32 stands for all types where
+they share the code. A GPU runs every shape in every type.
 """
 
 import itertools
 import os
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +32,14 @@ def chunk(monkeypatch):
     from fastbert_hf.kernels.triton import segments
 
     monkeypatch.setattr(segments, "CHUNK", CHUNK)
+
+
+@pytest.fixture
+def products_by_row(monkeypatch):
+    """The interpreter multiplies with BLAS, whose rounding depends on a row's place in a tile; a GPU's does not."""
+    if INTERPRETED:
+        by_row = lambda a, b, dtype=None: np.einsum("ij,jk->ik", a, b, dtype=dtype, optimize=False)  # noqa: E731
+        monkeypatch.setattr(np, "matmul", by_row)
 
 
 @pytest.fixture(scope="session")

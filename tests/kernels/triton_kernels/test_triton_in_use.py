@@ -78,7 +78,7 @@ def test_declines_with_a_reason(change, width, depth, reason):
 
 def test_both_regimes_are_timed_and_checked(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
-    rows = regime_rows(4, 1, torch.float32, DEVICE, rounds=1)
+    rows = regime_rows(2, 1, torch.float32, DEVICE, rounds=1)
     assert [(row.entry, row.entry_point) for row in rows] == [
         (regime, point) for point in ("module call", "op with autograd") for regime in REGIMES
     ]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastbert_hf.cli.pretrain import main
 from tests.processes import CHILD_SECONDS
 from tests.training.runs import losses
 
@@ -49,6 +50,11 @@ def command(tiny, folder, microbatch, *extra):
     return [SCRIPT, *(f"--{name}={value}" for name, value in options.items()), *extra]
 
 
+def pretrain_here(data, folder, *extra):
+    """The same command in this process, which has imported everything already."""
+    main(command(data, folder, 4, *extra)[1:])
+
+
 def finish(arguments, **options):
     done = subprocess.run(
         arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=CHILD_SECONDS, **options
@@ -61,7 +67,7 @@ def finish(arguments, **options):
 def uninterrupted(tiny, tmp_path_factory):
     """Folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole") / "out"
-    finish([sys.executable, *command(tiny, folder, 4)])
+    pretrain_here(tiny, folder)
     return folder
 
 
@@ -108,11 +114,8 @@ def test_two_processes_have_the_losses_of_one(tiny, uninterrupted, tmp_path):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["tokens_seen"] >= STEPS * 8 * 16 and (tmp_path / "out" / "tree_usage.png").is_file()
     assert len(two) < len(one)
-    full = {"batch_ramp": 0.0}
-    folders = {}
-    for name, start in (("one", [sys.executable]), ("two", launch)):
-        folders[name] = tmp_path / name
-        finish([*start, *command(tiny, folders[name], 4, *(f"--{key}={value}" for key, value in full.items()))])
-    one, two = losses(folders["one"]), losses(folders["two"])
+    pretrain_here(tiny, tmp_path / "one", "--batch_ramp=0.0")
+    finish([*launch, *command(tiny, tmp_path / "two", 4, "--batch_ramp=0.0")])
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == len(two) == STEPS
     assert two == pytest.approx(one, abs=1e-4)

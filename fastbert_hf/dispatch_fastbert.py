@@ -16,7 +16,10 @@ _LIBRARIES: list[torch.library.Library] = []  # a Library's registrations end wi
 
 def is_exporting() -> bool:
     """Whether an exporter traces this call; it should then see ATen operations only."""
-    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    exporting = getattr(torch.compiler, "_is_exporting_flag", None)
+    if exporting is None:
+        exporting = torch.compiler.is_exporting()  # not asked first: torch.compile of torch 2.9 always has it say True
+    return exporting or torch._C._get_tracing_state() is not None
 
 
 def refuse_forward_mode(op: str) -> None:

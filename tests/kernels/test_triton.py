@@ -47,7 +47,7 @@ def test_kernels_pass_their_tests_under_the_interpreter():
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     last = result.stdout.strip().splitlines()[-1]
-    assert int(last.split(" passed")[0].split()[-1]) > 180, last
+    assert int(last.split(" passed")[0].split()[-1]) > 150, last
 
 
 class Recorder:

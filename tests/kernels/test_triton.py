@@ -1,5 +1,6 @@
 """The Triton kernels where there is no GPU: run by Triton's interpreter, and compiled for real hardware."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def test_kernels_pass_their_tests_under_the_interpreter():
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     last = result.stdout.strip().splitlines()[-1]
-    assert int(last.split(" passed")[0].split()[-1]) > 180, last
+    assert int(last.split(" passed")[0].split()[-1]) > 150, last
 
 
 class Recorder:
@@ -103,12 +104,16 @@ def compile_launch(kernel, arguments, constants, target) -> str:
 
 
 @pytest.mark.parametrize(
-    ("shape", "target"),
-    [((2048, 768, 768, 1, 11), target) for target in SHARED_MEMORY]
-    + [((2, 33, 1, 2, 7), 90), ((1, 1, 4096, 1, 3), 90), ((2, 4096, 4096, 1, 12), 90)],
+    ("shape", "dtype", "target"),
+    [
+        *itertools.product([(2048, 768, 768, 1, 11)], [torch.float32, torch.bfloat16, torch.float16], SHARED_MEMORY),
+        # odd widths, one part alone, the widest and deepest: other blocks and loops, whatever the dtype
+        ((2, 33, 1, 2, 7), torch.float32, 90),
+        ((1, 1, 4096, 1, 3), torch.bfloat16, 90),
+        ((2, 4096, 4096, 1, 12), torch.float16, 90),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("regime", REGIMES)
 def test_what_a_call_launches_compiles_for_real_hardware(launches, monkeypatch, shape, regime, dtype, target):
     monkeypatch.setenv(VARIABLE, regime)

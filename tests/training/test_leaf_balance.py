@@ -1,6 +1,7 @@
 """Balance of leaves while training: thresholds follow medians, on every process alike, and across a resume."""
 
 import json
+import multiprocessing
 import shutil
 import sys
 
@@ -23,6 +24,7 @@ from fastbert_hf.training.leaf_balance import (
 )
 from fastbert_hf.training.pretraining.model import model_config
 from fastbert_hf.training.pretraining.run import pretrain
+from tests.processes import CHILD_SECONDS
 from tests.training.conftest import TINY_MODEL
 from tests.training.pretraining.test_processes import command, finish, pretrain_here
 from tests.training.runs import arguments, losses, run_all
@@ -251,24 +253,28 @@ def balanced(rank, processes):
     return thresholds(layers)
 
 
-PROCESS = """
-import sys, torch, torch.distributed as dist
-from tests.training.test_leaf_balance import balanced
-dist.init_process_group("gloo")
-torch.save(balanced(dist.get_rank(), dist.get_world_size()), f"{sys.argv[1]}/{dist.get_rank()}.pt")
-dist.destroy_process_group()
-"""
+def balanced_with_another_process(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.save(balanced(rank, 2), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
 needs_gloo = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="this torch has no gloo"
 )
 
 
-@pytest.mark.slow
 @needs_gloo
+@pytest.mark.filterwarnings("ignore:This process")
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system does not fork")
 def test_two_processes_move_thresholds_like_one_that_has_all_rows(tmp_path):
-    (tmp_path / "process.py").write_text(PROCESS, encoding="utf-8")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    finish([sys.executable, *launch, str(tmp_path / "process.py"), str(tmp_path)])
+    start = multiprocessing.get_context("fork").Process  # which have imported everything already
+    processes = [start(target=balanced_with_another_process, args=(rank, tmp_path)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(CHILD_SECONDS)
+    assert [process.exitcode for process in processes] == [0, 0]
     alone = balanced(0, 1)
     assert all(torch.equal(torch.load(tmp_path / f"{rank}.pt"), alone) for rank in (0, 1))
     assert not torch.equal(balanced(0, 2), alone)  # half of the rows alone give other thresholds

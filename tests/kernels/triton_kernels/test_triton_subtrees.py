@@ -16,9 +16,9 @@ from tests.kernels.triton_kernels.conftest import DTYPES, shapes_and_dtypes
 CASES = shapes_and_dtypes(
     # empty, one part, two trees of two parts, wider than a block of columns and than one of parameters' gradients
     every_dtype=[(0, 8, 8, 1, 8), (3, 1, 1, 1, 0), (4, 20, 9, 2, 7), (2, 300, 270, 1, 1)],
-    # the deepest, beyond one tile, exactly a tile and the largest single part, the widest
-    float32=[(3, 20, 9, 1, 12), (65, 7, 9, 2, 2), (64, 33, 31, 1, 6), (1, 4096, 4096, 1, 1)],
-    on_gpu=[(1, 40, 24, 1, 11), (70, 30, 17, 1, 7), (6, 130, 20, 3, 7), (2, 768, 300, 1, 3)],
+    # the deepest, beyond one tile, exactly a tile and the largest single part, the widest rows
+    float32=[(3, 20, 9, 1, 12), (65, 7, 9, 2, 2), (64, 33, 31, 1, 6), (1, 4096, 40, 1, 0)],
+    on_gpu=[(1, 40, 24, 1, 11), (70, 30, 17, 1, 7), (6, 130, 20, 3, 7), (2, 768, 300, 1, 3), (2, 4096, 4096, 1, 1)],
 )
 
 

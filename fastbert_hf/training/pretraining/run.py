@@ -237,8 +237,7 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     if options.mixed_precision:
         choose_precision(args)
     size = step_size(options, args)
-    options = _with_corpus(options, args)
-    data = prepare_data(options, tokenizer, size, model.config.vocab_size, args.seed)
+    data = prepare_data(_with_corpus(options, args), tokenizer, size, model.config.vocab_size, args.seed)
     clock = budget_clock(options, args, len(data.train) // size)
     trainer = _trainer(options, args, model, tokenizer, data, clock, size, provenance)
     if options.overwrite_output_dir and is_main_process(args):

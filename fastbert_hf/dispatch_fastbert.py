@@ -18,7 +18,9 @@ def is_exporting() -> bool:
     """Whether an exporter traces this call; it should then see ATen operations only."""
     exporting = getattr(torch.compiler, "_is_exporting_flag", None)
     if exporting is None:
-        exporting = torch.compiler.is_exporting()  # not asked first: torch.compile of torch 2.9 always has it say True
+        exporting = (
+            torch.compiler.is_exporting()
+        )  # not asked first: torch.compile of torch 2.9 always has it say True
     return exporting or torch._C._get_tracing_state() is not None
 
 

@@ -110,7 +110,7 @@ def text_identity(options: CorpusArguments) -> dict[str, Any]:
     return {**digests, "validation_share": options.validation_share, "text_column": options.text_column}
 
 
-def prepare_beside(options: CorpusArguments, output_dir: str, progress: bool) -> str:
+def build_corpus_beside(options: CorpusArguments, output_dir: str, progress: bool) -> str:
     """Prepare text files, with a tokenizer of their own, beside the run's folder; later starts find it there.
 
     Args:
@@ -134,7 +134,7 @@ def prepare_beside(options: CorpusArguments, output_dir: str, progress: bool) ->
     return str(folder)
 
 
-def prepare_data(
+def load_pretraining_data(
     options: CorpusArguments,
     tokenizer: "PreTrainedTokenizerBase",
     batch_size: int,

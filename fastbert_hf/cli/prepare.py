@@ -47,7 +47,7 @@ def sources_of(options: SourceArguments) -> tuple[list[Source], list[Source]]:
         ValueError: if neither files nor a dataset is given, or both.
     """
     if bool(options.train_file) == (options.dataset_name is not None):
-        raise ValueError("exactly one of --train_file and --dataset_name is wanted")
+        raise ValueError("expected exactly one of --train_file and --dataset_name")
 
     def local(names: list[str]) -> list[Source]:
         return [LocalFile(Path(name), options.text_column, options.license) for name in names]

@@ -9,7 +9,7 @@ then loaded back, and its checksums and outputs compared.
 from pathlib import Path
 
 from fastbert_hf.cli.arguments import CommandParser
-from fastbert_hf.hub.push import Pushed, PushOptions, endpoint, file_lines, prepared, push
+from fastbert_hf.hub.push import Pushed, PushOptions, endpoint, file_lines, push, stage_upload
 
 
 def main(argv: list[str] | None = None) -> Pushed | None:
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> Pushed | None:
     folder, repo, dry_run = (settings.pop(name) for name in ("folder", "repo", "dry_run"))
     options = PushOptions(**settings)
     if dry_run:
-        with prepared(Path(folder), repo, options) as would_be:
+        with stage_upload(Path(folder), repo, options) as would_be:
             print(f"would be sent to {repo} on {endpoint()}:")
             print("\n".join(f"  {line}" for line in file_lines(would_be.sizes())))
         return None

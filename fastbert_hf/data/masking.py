@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
+IGNORE_INDEX = -100
 
 
 def check_probability(probability: float) -> None:
@@ -72,7 +72,7 @@ def mask_tokens(
     if per_sequence:
         chosen = chosen[torch.randperm(len(chosen), generator=generator)]
     flat = input_ids.reshape(-1).clone()  # (B, T) -> (B*T,)
-    labels = torch.full_like(flat, IGNORED)
+    labels = torch.full_like(flat, IGNORE_INDEX)
     labels[chosen] = flat[chosen]
     masked, replaced = round(0.8 * len(chosen)), round(0.1 * len(chosen))
     flat[chosen[:masked]] = mask_token_id

@@ -92,7 +92,7 @@ def _refusal(error: Exception, repo: str, revision: str | None) -> str:
     if isinstance(error, GatedRepoError):
         return f"{repo} is gated: its owner must grant you access first"
     if isinstance(error, HFValidationError):
-        return f"{repo!r} is no repository name; expected NAMESPACE/NAME"
+        return f"{repo!r} is not a repository name; expected NAMESPACE/NAME"
     return f"there is no repository {repo}, or it is private and your token (HF_TOKEN) may not see it"
 
 

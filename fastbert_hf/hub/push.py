@@ -71,7 +71,7 @@ class Pushed:
 
 
 @dataclass
-class Prepared:
+class StagedUpload:
     """A folder as it will be on the Hub, and what its model computes."""
 
     folder: Path
@@ -88,7 +88,7 @@ class Prepared:
 
 
 @contextmanager
-def prepared(source: Path, repo: str, options: PushOptions) -> Iterator[Prepared]:
+def stage_upload(source: Path, repo: str, options: PushOptions) -> Iterator[StagedUpload]:
     """Write what will be pushed into a temporary folder; the same model gives the same bytes every time.
 
     Args:
@@ -109,7 +109,7 @@ def prepared(source: Path, repo: str, options: PushOptions) -> Iterator[Prepared
                 if is_disk_full(error):
                     raise
                 raise ValueError(f"{error.filename or source}: {error.strerror or error}") from error
-        yield Prepared(stage, outputs)
+        yield StagedUpload(stage, outputs)
 
 
 def _temporary_parent() -> Path:
@@ -171,7 +171,7 @@ def push(source: str | Path, repo: str, options: PushOptions) -> Pushed:
     api = HfApi()
     repo = check_write_access(api, repo) if not options.create_pr else _check_token(api, repo)
     head = _head(api, repo, options)
-    with explained(repo, options.revision), prepared(Path(source), repo, options) as folder:
+    with explained(repo, options.revision), stage_upload(Path(source), repo, options) as folder:
         if head is None:
             head = _create(api, repo, options)
         pushed = _commit(api, repo, options, folder, head)
@@ -217,7 +217,7 @@ def _create(api: HfApi, repo: str, options: PushOptions) -> str:
     return patiently(api.model_info, repo, revision=options.revision).sha
 
 
-def _commit(api: HfApi, repo: str, options: PushOptions, folder: Prepared, head: str) -> Pushed:
+def _commit(api: HfApi, repo: str, options: PushOptions, folder: StagedUpload, head: str) -> Pushed:
     files = folder.files()
     names = {file.name for file in files}
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
@@ -239,7 +239,7 @@ def _commit(api: HfApi, repo: str, options: PushOptions, folder: Prepared, head:
     return Pushed(repo, info.oid, info.oid != head, url, folder.sizes(), float("nan"))
 
 
-def verify(api: HfApi, folder: Prepared, pushed: Pushed) -> None:
+def verify(api: HfApi, folder: StagedUpload, pushed: Pushed) -> None:
     """Download the pushed commit anew, compare every file's checksum and the model's outputs.
 
     Raises:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
 # what the Trainer puts beside the model and nobody needs, some of it pickled; the Hub obeys this file
-IGNORED = "training_args.bin\n*.bin\n*.pt\n*.pth\nevents.out.tfevents.*\n"
+GITIGNORE = "training_args.bin\n*.bin\n*.pt\n*.pth\nevents.out.tfevents.*\n"
 RECORDED = (
     "learning_rate",
     "lr_scheduler_type",
@@ -65,7 +65,7 @@ def check_push(args: "TrainingArguments") -> None:
         check_write_access(HfApi(), args.hub_model_id or Path(args.output_dir).absolute().name)
 
 
-def prepare_folder(trainer: "Trainer") -> None:
+def add_hub_files(trainer: "Trainer") -> None:
     """Put into the output folder what the Trainer itself never does: the model's code, and what not to upload.
 
     Args:
@@ -74,7 +74,7 @@ def prepare_folder(trainer: "Trainer") -> None:
     if not trainer.args.push_to_hub or not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)
-    write_text(folder / ".gitignore", IGNORED)
+    write_text(folder / ".gitignore", GITIGNORE)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, FastBertPreTrainedModel):
         custom_object_save(model, folder)

@@ -149,7 +149,7 @@ def write_summary(folder: str | Path, summary: dict[str, Any]) -> None:
         print(f"  {key:<{width}}  {f'{value:.4f}' if isinstance(value, float) else value}")
 
 
-def quiet_host(args: "TrainingArguments") -> None:
+def disable_pin_memory_on_cpu(args: "TrainingArguments") -> None:
     """Switch off what only helps with an accelerator and otherwise warns once per data loader.
 
     Args:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastbert_hf.data.masking import IGNORED, MaskedLanguageModelCollator, MaskedSequences
+from fastbert_hf.data.masking import IGNORE_INDEX, MaskedLanguageModelCollator, MaskedSequences
 from fastbert_hf.data.packing import Packer, tokenize
 from fastbert_hf.data.preparation import PreparationSettings, prepare
 from fastbert_hf.data.sources import LocalFile
@@ -52,14 +52,14 @@ def test_every_batch_masks_exactly_the_same_number(tokenizer, sequences, probabi
     collator = MaskedLanguageModelCollator(tokenizer, probability, seed=3)
     for start in range(0, len(sequences) - 6, 6):
         batch = collator([sequences[start + row] for row in range(6)])
-        assert int((batch["labels"] != IGNORED).sum()) == round(probability * 6 * 32)
+        assert int((batch["labels"] != IGNORE_INDEX).sum()) == round(probability * 6 * 32)
 
 
 def test_masking_follows_the_80_10_10_rule(tokenizer, sequences):
     rows = [sequences[row] for row in range(40)]
     original = torch.stack([row["input_ids"] for row in rows])
     batch = MaskedLanguageModelCollator(tokenizer, 0.25)(rows)
-    chosen = batch["labels"] != IGNORED
+    chosen = batch["labels"] != IGNORE_INDEX
     count = round(0.25 * original.numel())
     assert torch.equal(batch["labels"][chosen], original[chosen])
     assert torch.equal(batch["input_ids"][~chosen], original[~chosen])
@@ -86,7 +86,7 @@ def test_held_out_masks_are_fixed_and_equal_in_number(tokenizer, sequences):
     collator = MaskedLanguageModelCollator(tokenizer, 0.25)
     held = MaskedSequences(sequences, collator)
     assert len(held) == len(sequences)
-    assert ((held.labels != IGNORED).sum(1) == 8).all()
+    assert ((held.labels != IGNORE_INDEX).sum(1) == 8).all()
     batch = collator([held[0], held[1]])  # carries labels already: not masked again
     assert torch.equal(batch["input_ids"], held.input_ids[:2]) and torch.equal(batch["labels"], held.labels[:2])
 

@@ -14,7 +14,7 @@ import pytest
 from fastbert_hf.data.preparation import PreparationSettings, prepare
 from fastbert_hf.data.sources import LocalFile
 from fastbert_hf.data.tokenizer import load_tokenizer
-from fastbert_hf.training.pretraining.data import CorpusArguments, prepare_beside, prepare_data
+from fastbert_hf.training.pretraining.data import CorpusArguments, build_corpus_beside, load_pretraining_data
 
 WORDS = [
     "river",
@@ -113,10 +113,10 @@ def test_a_cleaned_corpus_with_a_given_tokenizer_and_held_out_files(files, corpu
 def test_what_a_run_reads_from_text_files_and_a_tokenizer(files, corpus, tmp_path):
     names = [str(file) for file in files]
     options = CorpusArguments(train_file=names, validation_share=0.2, max_seq_length=16, max_eval_samples=100)
-    folder = prepare_beside(options, tmp_path / "run", False, str(corpus / "tokenizer"))
+    folder = build_corpus_beside(options, tmp_path / "run", False, str(corpus / "tokenizer"))
     assert folder == str(tmp_path / "run-corpus") and not (tmp_path / "run").exists()
     options = dataclasses.replace(options, corpus=folder)
-    data = prepare_data(options, load_tokenizer(corpus / "tokenizer"), 8, 256, seed=3)
+    data = load_pretraining_data(options, load_tokenizer(corpus / "tokenizer"), 8, 256, seed=3)
     rows = data.train.__getitems__(list(range(len(data.train))))["input_ids"]
     found = {
         "train": digest(rows.numpy().astype("<i8").tobytes()),

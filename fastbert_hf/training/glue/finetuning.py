@@ -46,12 +46,12 @@ from fastbert_hf.training.glue.settings import (
 )
 from fastbert_hf.training.glue.submission import write_predictions
 from fastbert_hf.training.leaf_balance import add_balance, check_balance
-from fastbert_hf.training.publishing import check_push, prepare_folder, publish, write_card, write_recipe
+from fastbert_hf.training.publishing import add_hub_files, check_push, publish, write_card, write_recipe
 from fastbert_hf.training.runs import (
     check_fit,
     check_options,
+    disable_pin_memory_on_cpu,
     is_main_process,
-    quiet_host,
     save_model,
     train,
     write_summary,
@@ -124,11 +124,11 @@ def finetune(
         model_options = ModelArguments([args.output_dir], trust_remote_code=model_options.trust_remote_code)
         tokenizer, head = load_tokenizer(args.output_dir), fit_head(model_options, args.output_dir, task_data.task)
     args = _with_early_stopping(args, data.early_stopping_patience)
-    quiet_host(args)
+    disable_pin_memory_on_cpu(args)
     set_seed(args.seed)
     model = load_classifier(model_options, model_options.model_name_or_path[0], head)
     check_balance(data.balance_leaves, model)
-    prepared = _Preparation(tokenizer, task_data.task, head, data)
+    prepared = _TaskEncoding(tokenizer, task_data.task, head, data)
     trainer = _trainer(restrict_training(model, model_options), args, task_data, prepared, work.train)
     if is_main_process(args) and not work.is_done:
         record_start(args, work)
@@ -139,7 +139,7 @@ def finetune(
 
 def _run(
     trainer: Trainer,
-    prepared: "_Preparation",
+    prepared: "_TaskEncoding",
     task_data: TaskData,
     work: Work,
     summary: dict[str, Any],
@@ -147,7 +147,7 @@ def _run(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Do the work; the model, and the summary with what has been added."""
     args = trainer.args
-    prepare_folder(trainer)
+    add_hub_files(trainer)
     if work.train:
         summary |= _train(trainer, prepared.tokenizer, checkpoint, prepared.data)
     if work.evaluate:
@@ -190,7 +190,7 @@ def _with_early_stopping(args: TrainingArguments, patience: int) -> TrainingArgu
 
 
 @dataclass
-class _Preparation:
+class _TaskEncoding:
     """How a split becomes model inputs, and outputs become the task's answers again."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -246,7 +246,7 @@ class ClassifierTrainer(Trainer):
             self.args.dataloader_drop_last = drop_last
 
 
-def _trainer(model, args, task_data: TaskData, prepared: _Preparation, trains: bool) -> Trainer:
+def _trainer(model, args, task_data: TaskData, prepared: _TaskEncoding, trains: bool) -> Trainer:
     if args.load_best_model_at_end and args.metric_for_best_model in (None, "loss"):
         args.metric_for_best_model, args.greater_is_better = task_data.task.metrics[0], True
     validation = next(iter(task_data.validations.values()), None)
@@ -302,7 +302,7 @@ def _train(trainer: Trainer, tokenizer, checkpoint: str | None, data: DataTraini
     return result
 
 
-def _evaluate(trainer: Trainer, prepared: _Preparation, task_data: TaskData, name: str) -> dict[str, Any]:
+def _evaluate(trainer: Trainer, prepared: _TaskEncoding, task_data: TaskData, name: str) -> dict[str, Any]:
     """Metrics of one validation split, each beside its majority baseline."""
     task, split = prepared.task, task_data.validations[name]
     training = (task_data.train or split).labels
@@ -321,7 +321,7 @@ def _evaluate(trainer: Trainer, prepared: _Preparation, task_data: TaskData, nam
     return summary
 
 
-def _predict(trainer: Trainer, prepared: _Preparation, tests: dict[str, Split]) -> None:
+def _predict(trainer: Trainer, prepared: _TaskEncoding, tests: dict[str, Split]) -> None:
     """Answers for rows whose labels nobody has, in the form that the GLUE server wants."""
     for name, split in tests.items():
         answers = prepared.answers(trainer.predict(prepared.rows(split)).predictions)

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from fastbert_hf.data.masking import IGNORED
+from fastbert_hf.data.masking import IGNORE_INDEX
 
 
 def unigram_loss(token_counts: np.ndarray, labels: torch.Tensor) -> float:
@@ -21,7 +21,7 @@ def unigram_loss(token_counts: np.ndarray, labels: torch.Tensor) -> float:
     Raises:
         ValueError: if no position is labelled.
     """
-    targets = labels[labels != IGNORED].numpy()
+    targets = labels[labels != IGNORE_INDEX].numpy()
     if not len(targets):
         raise ValueError("the unigram baseline needs at least one labelled position; got none")
     counts = token_counts.astype(np.float64) + 1.0  # (V,)

@@ -111,7 +111,7 @@ def text_identity(options: CorpusArguments) -> dict[str, Any]:
     return {**digests, "validation_share": options.validation_share, "text_column": options.text_column}
 
 
-def prepare_beside(
+def build_corpus_beside(
     options: CorpusArguments, output_dir: str, progress: bool, tokenizer_name: str | None = None
 ) -> str:
     """Prepare text files beside the run's folder; later starts find the corpus there.
@@ -146,7 +146,7 @@ def prepare_beside(
     return str(folder)
 
 
-def prepare_data(
+def load_pretraining_data(
     options: CorpusArguments,
     tokenizer: "PreTrainedTokenizerBase",
     batch_size: int,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from fastbert_hf.data.masking import IGNORED, check_probability
+from fastbert_hf.data.masking import IGNORE_INDEX, check_probability
 from fastbert_hf.data.prepared import PreparedCorpus
 from fastbert_hf.data.tokenizer import load_tokenizer, tokenizer_digest
 from fastbert_hf.training.checkpoints import check_checkpoint, find_checkpoint, remove_checkpoints
@@ -17,9 +17,9 @@ from fastbert_hf.training.pretraining.budget import UNITS, BudgetClock
 from fastbert_hf.training.pretraining.data import (
     CorpusArguments,
     PretrainingData,
+    build_corpus_beside,
     check_corpus,
-    prepare_beside,
-    prepare_data,
+    load_pretraining_data,
     text_identity,
 )
 from fastbert_hf.training.pretraining.model import build_model
@@ -33,8 +33,8 @@ from fastbert_hf.training.provenance import (
     training_settings,
     weights_identity,
 )
-from fastbert_hf.training.publishing import check_push, prepare_folder, publish
-from fastbert_hf.training.runs import check_options, is_main_process, quiet_host, save_model
+from fastbert_hf.training.publishing import add_hub_files, check_push, publish
+from fastbert_hf.training.runs import check_options, disable_pin_memory_on_cpu, is_main_process, save_model
 from fastbert_hf.training.trainer_hooks import check_hooks
 
 SCHEDULES = ("triangle", "trainer")
@@ -113,7 +113,7 @@ class PretrainingArguments(CorpusArguments):
 
 def _check(options: PretrainingArguments, args: TrainingArguments) -> None:
     if (options.model_config is None) == (options.model_name_or_path is None):
-        raise ValueError("exactly one of --model_config and --model_name_or_path is wanted")
+        raise ValueError("expected exactly one of --model_config and --model_name_or_path")
     check_probability(options.mlm_probability)
     if options.schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {options.schedule!r}")
@@ -143,7 +143,7 @@ def budget_clock(options: PretrainingArguments, args: TrainingArguments, epoch_s
     if args.max_steps > 0:
         given["max_steps"] = args.max_steps
     if len(given) > 1:
-        raise ValueError(f"one budget is wanted; got {' and '.join(f'--{name} {given[name]:g}' for name in given)}")
+        raise ValueError(f"expected one budget; got {' and '.join(f'--{name} {given[name]:g}' for name in given)}")
     if not given:
         given["max_steps"] = max(1, math.ceil(args.num_train_epochs * epoch_steps))
     ((unit, amount),) = given.items()
@@ -180,7 +180,7 @@ def step_size(options: PretrainingArguments, args: TrainingArguments) -> int:
     size = options.batch_size or at_once * args.gradient_accumulation_steps
     if size < at_once or size % at_once:
         raise ValueError(
-            f"batch_size {size} is no multiple of {at_once}: {args.train_batch_size} sequences on each of "
+            f"batch_size {size} is not a multiple of {at_once}: {args.train_batch_size} sequences on each of "
             f"{args.world_size} devices"
         )
     args.gradient_accumulation_steps = 1
@@ -196,7 +196,7 @@ def most_likely(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Ten
 def masked_accuracy(prediction) -> dict[str, float]:
     """Share of predicted positions whose most likely token is the right one."""
     labels = prediction.label_ids
-    return {"accuracy": float((prediction.predictions == labels)[labels != IGNORED].mean())}
+    return {"accuracy": float((prediction.predictions == labels)[labels != IGNORE_INDEX].mean())}
 
 
 def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -224,7 +224,7 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     if _tokenizer_name(options) is None:
         options = _with_corpus(options, args)  # it brings its own
     tokenizer = load_tokenizer(_tokenizer_name(options), needs_mask=True)
-    quiet_host(args)
+    disable_pin_memory_on_cpu(args)
     set_seed(args.seed)
     sparse = options.mlm_probability if options.sparse_prediction else 0.0
     model = build_model(
@@ -237,12 +237,12 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     if options.mixed_precision:
         choose_precision(args)
     size = step_size(options, args)
-    data = prepare_data(_with_corpus(options, args), tokenizer, size, model.config.vocab_size, args.seed)
+    data = load_pretraining_data(_with_corpus(options, args), tokenizer, size, model.config.vocab_size, args.seed)
     clock = budget_clock(options, args, len(data.train) // size)
     trainer = _trainer(options, args, model, tokenizer, data, clock, size, provenance)
     if options.overwrite_output_dir and is_main_process(args):
         remove_checkpoints(args.output_dir)
-    prepare_folder(trainer)
+    add_hub_files(trainer)
     if checkpoint is not None:
         trainer.resume(checkpoint)
     trainer.begin_part()
@@ -273,7 +273,7 @@ def _with_corpus(options: PretrainingArguments, args: TrainingArguments) -> Pret
     if options.corpus is not None:
         return options
     with args.main_process_first(local=False, desc="preparing the corpus"):
-        folder = prepare_beside(options, args.output_dir, not args.disable_tqdm, _tokenizer_name(options))
+        folder = build_corpus_beside(options, args.output_dir, not args.disable_tqdm, _tokenizer_name(options))
     return dataclasses.replace(options, corpus=folder, train_file=[], validation_file=[])
 
 

@@ -1,4 +1,4 @@
-"""The Trainer of pretraining: a budget instead of a number of steps, a growing batch, and no work ever lost."""
+"""The Trainer of pretraining: a budget, a growing batch, a run that resumes exactly from its last checkpoint."""
 
 import contextlib
 import logging

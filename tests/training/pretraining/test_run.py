@@ -10,7 +10,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, Trainer, TrainingA
 
 import fastbert_hf  # noqa: F401  registers the model with the Auto classes
 from fastbert_hf.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
-from fastbert_hf.training.pretraining.data import prepare_data
+from fastbert_hf.training.pretraining.data import load_pretraining_data
 from fastbert_hf.training.pretraining.model import model_config
 from fastbert_hf.training.pretraining.run import pretrain
 from tests.training.runs import arguments
@@ -31,7 +31,7 @@ def test_saved_folder_loads_and_repeats_the_held_out_loss(tiny, finished):
         assert torch.equal(loaded.state_dict()[name], value)
     options, _ = arguments(tiny, folder, corpus=f"{folder}-corpus")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    held = prepare_data(options, tokenizer, 8, loaded.config.vocab_size, seed=7).validation
+    held = load_pretraining_data(options, tokenizer, 8, loaded.config.vocab_size, seed=7).validation
     with torch.no_grad():
         output = loaded(input_ids=held.input_ids, labels=held.labels)
     assert output.logits.shape == (*held.input_ids.shape, loaded.config.vocab_size)

@@ -160,7 +160,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(client, hub, repo, folder, tmp
     assert first not in pulled(client, repo, tmp_path / "new")
     assert "has no revision 'v2'" in refused(client, repo, tmp_path / "none", "--revision", "v2")
     assert "there is no repository" in refused(client, "somebody/absent", tmp_path / "none")
-    assert "is no repository name" in refused(client, "a/b/c", tmp_path / "none")
+    assert "is not a repository name" in refused(client, "a/b/c", tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 

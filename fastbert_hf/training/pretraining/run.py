@@ -112,6 +112,7 @@ class PretrainingArguments(CorpusArguments):
 
 
 def _check(options: PretrainingArguments, args: TrainingArguments) -> None:
+    check_hooks(BudgetTrainer)
     if (options.model_config is None) == (options.model_name_or_path is None):
         raise ValueError("expected exactly one of --model_config and --model_name_or_path")
     check_probability(options.mlm_probability)
@@ -214,10 +215,8 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
 
     Raises:
         ValueError: for anything wrong in the options, before training starts; for training that diverges.
-        MissingExtraError: the extra `training` is not installed.
     """
     check_options(args, options.max_seq_length)
-    check_hooks(BudgetTrainer)
     _check(options, args)
     check_push(args)
     checkpoint = find_checkpoint(args, options.overwrite_output_dir)

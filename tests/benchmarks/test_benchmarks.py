@@ -105,7 +105,7 @@ def test_whole_models_run_beside_their_bounds():
 
 def test_gpu_rows_are_those_of_the_layer_on_another_device():
     """On the CPU, small: all but CUDA graphs, compiled forms and peak memory, which need a GPU."""
-    groups = list(gpu.gpu_rows("cpu", sizes=(40,), batch=2, layers=1))
+    groups = list(gpu.gpu_rows("cpu", sizes=(1, 40), batch=2, layers=1))
     rows = [row for group in groups for row in group]
     assert {row.section for row in rows} == {
         "gpu forward",

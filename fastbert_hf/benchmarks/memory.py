@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+FORMS = ("native", "reference", "leaf trees, native", "leaf trees, reference", "dense", "dense-and-mask")
 
 PROGRAM = """
 import sys
@@ -47,10 +50,10 @@ class MemoryRow:
     megabytes: float
 
 
-def memory_rows(tokens: int = 16384) -> list[MemoryRow]:
-    """Measure every form that runs here; empty where the system does not tell (it takes Linux)."""
+def memory_rows(tokens: int = 16384, forms: Sequence[str] = FORMS) -> list[MemoryRow]:
+    """Measure every form that runs here, each in a process of its own; empty where the system is not Linux."""
     rows = []
-    for form in ("native", "reference", "leaf trees, native", "leaf trees, reference", "dense", "dense-and-mask"):
+    for form in forms:
         command = [sys.executable, "-c", PROGRAM, form, str(tokens)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode == 0:

@@ -1,5 +1,6 @@
 """The few figures that a reader asks for first, taken from the rows that were measured."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -40,6 +41,28 @@ def _layer_figures() -> Iterator[Figure]:
         for baseline in ("dense-and-mask", "dense"):
             title = f"forward and backward, N = {tokens}"
             yield Figure(title, "forward and backward", ("native", "op with autograd"), baseline, tokens)
+
+
+def _leaf_figures() -> Iterator[Figure]:
+    for hidden in (384, 768):
+        case = f"H={hidden}, 32 leaves of {hidden // 4}"
+        baselines = (f"dense {4 * hidden}, the fastest", f"dense {hidden // 4}, the fastest")
+        for tokens in (1, 128, 2048, 16384):
+            for called, candidate in (("kernel", KERNEL), ("module call", MODULE)):
+                for baseline in baselines:
+                    title = f"leaf trees, H = {hidden}, forward, N = {tokens}, {called}"
+                    yield Figure(title, "leaf trees, forward", candidate, baseline, tokens, case)
+        for tokens in (128, 4096):
+            title = f"leaf trees, H = {hidden}, forward and backward, N = {tokens}"
+            section, called = "leaf trees, forward and backward", ("native", "op with autograd")
+            for baseline in (f"dense {4 * hidden}", f"dense {hidden // 4}"):
+                yield Figure(title, section, called, baseline, tokens, case)
+    for shape in ("1 x 16", "1 x 128", "32 x 64"):
+        case, called = f"MiniLM-L6, {shape}", ("leaf trees, 96 of 3072", "module call")
+        for baseline in ("dense 1536", "dense 96", "no feed-forward"):
+            yield Figure(
+                f"leaf trees, whole encoder, {case}", "leaf trees, whole encoder", called, baseline, None, case
+            )
 
 
 def _model_figures() -> Iterator[Figure]:
@@ -86,6 +109,9 @@ def _find(rows: list[Row], figure: Figure, threads: int) -> tuple[Row, Row] | No
         # The paper's own forms are not in it: those are the rows named after what PyTorch does.
         baselines = [row for row in group if row.entry.startswith("dense ") and row.entry.split()[-2].isdecimal()]
         baselines += [row for row in group if row.entry.startswith("dense twin ")]
+    elif figure.baseline.endswith(", the fastest"):  # of one width
+        form = figure.baseline.removesuffix("the fastest").replace(",", "")
+        baselines = [row for row in group if row.entry.startswith(form)]
     else:
         baselines = [row for row in group if row.entry == figure.baseline]
     if not candidates or not baselines:
@@ -95,15 +121,16 @@ def _find(rows: list[Row], figure: Figure, threads: int) -> tuple[Row, Row] | No
 
 def _half_precision(rows: list[Row], threads: int) -> Iterator[tuple[str, str, Row, Row]]:
     """Our kernel in bfloat16 against itself in float32."""
-    for tokens in (2048, 16384):
+    for section, tokens in itertools.product(("bfloat16", "leaf trees, bfloat16"), (1, 128, 2048, 16384)):
         found = {
             row.dtype: row
             for row in rows
             if (row.section, row.tokens, row.threads, row.entry, row.entry_point)
-            == ("bfloat16", tokens, threads, *KERNEL)
+            == (section, tokens, threads, *KERNEL)
         }
         if len(found) == 2:
-            title = f"forward in bfloat16, N = {tokens}, kernel"
+            form = "leaf trees, " if "leaf" in section else ""
+            title = f"{form}forward in bfloat16, N = {tokens}, kernel"
             yield title, "the kernel in float32", found["bfloat16"], found["float32"]
 
 
@@ -114,7 +141,7 @@ def format_headline(rows: list[Row], memory: list[MemoryRow]) -> str:
     for threads in counts:
         pairs = [
             (figure.title, figure.baseline, *found)
-            for figure in (*_layer_figures(), *_model_figures())
+            for figure in (*_layer_figures(), *_leaf_figures(), *_model_figures())
             if (found := _find(rows, figure, threads))
         ]
         for title, baseline, candidate, reference in (*pairs, *_half_precision(rows, threads)):
@@ -139,15 +166,21 @@ def format_headline(rows: list[Row], memory: list[MemoryRow]) -> str:
 
 def _scaling(rows: list[Row], counts: list[int]) -> Iterator[str]:
     """The largest thread count over one, at the largest N."""
-    for called, candidate in (("kernel", KERNEL), ("module call", MODULE)):
+    sections = {"forward": "forward", "leaf trees, forward": "leaf trees, forward, H = 768"}
+    for (section, name), (called, candidate) in itertools.product(
+        sections.items(), (("kernel", KERNEL), ("module call", MODULE))
+    ):
         found = {
             row.threads: row.median_ms
             for row in rows
-            if row.section == "forward" and row.tokens == 16384 and (row.entry, row.entry_point) == candidate
+            if row.section == section
+            and row.tokens == 16384
+            and (row.entry, row.entry_point) == candidate
+            and not row.case.startswith("H=384")
         }
         if 1 in found and len(found) > 1:
             most = max(found)
-            title = f"forward, N = 16384, {called}, {most} threads"
+            title = f"{name}, N = 16384, {called}, {most} threads"
             yield (
                 f"| {title} | one thread | "
                 + " | ".join(f"{found[1] / found[most]:.3g}x" if n == most else "" for n in counts)

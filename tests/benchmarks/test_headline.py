@@ -58,3 +58,19 @@ def test_bfloat16_is_compared_with_the_kernel_itself():
     ]
     table = format_headline(rows, [])
     assert cells(table, "forward in bfloat16, N = 2048, kernel", "the kernel in float32") == ["1.5x"]
+
+
+def test_leaf_trees_are_compared_with_the_layer_they_replace_and_with_one_of_their_width():
+    where = {"section": "leaf trees, forward", "tokens": 128, "case": "H=384, 32 leaves of 96"}
+    rows = [
+        row("native", "C call", 2.0, **where),
+        row("dense 1536 eager", "function call", 30.0, **where),
+        row("dense 1536 compiled", "function call", 20.0, **where),
+        row("dense 96 eager", "function call", 1.0, **where),
+        row("native", "C call", 2.0, **where | {"case": "H=768, 32 leaves of 192"}),
+    ]
+    table = format_headline(rows, [])
+    title = "leaf trees, H = 384, forward, N = 128, kernel"
+    assert cells(table, title, "dense 1536, the fastest") == ["10x"]
+    assert cells(table, title, "dense 96, the fastest") == ["0.5x"]
+    assert "H = 768" not in table

@@ -18,8 +18,8 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrai
 
 from fastbert_hf.cli import glue, pretrain, tokenizer
 from fastbert_hf.cli.arguments import RecipeArgumentParser, run_command
+from fastbert_hf.data.build_corpus import is_held_out
 from fastbert_hf.data.documentation import Document, documentation_corpus
-from fastbert_hf.data.preparation import is_held_out
 from fastbert_hf.files import check_output_folder, write_text
 
 HELD_OUT_SHARE = 0.05  # of source files: their text is in neither training part

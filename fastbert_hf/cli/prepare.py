@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbert_hf.cli.arguments import RecipeArgumentParser
-from fastbert_hf.data.preparation import PreparationSettings, prepare
+from fastbert_hf.data.build_corpus import CorpusSettings, build_corpus
 from fastbert_hf.data.sources import HubDataset, LocalFile, Source
 
 
@@ -74,7 +74,7 @@ def sources_of(options: SourceArguments) -> tuple[list[Source], list[Source]]:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Prepare a corpus; returns its manifest."""
     parser = RecipeArgumentParser(
-        (SourceArguments, PreparationSettings), extra="training", prog="fastbert prepare", description=__doc__
+        (SourceArguments, CorpusSettings), extra="training", prog="fastbert prepare", description=__doc__
     )
     options, settings = parser.parse(argv)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         os.environ["RAYON_NUM_THREADS"] = str(options.num_workers)
     start = time.perf_counter()
     train, validation = sources_of(options)
-    manifest, reused = prepare(train, validation, settings, Path(options.output_dir), sys.stderr.isatty())
+    manifest, reused = build_corpus(train, validation, settings, Path(options.output_dir), sys.stderr.isatty())
     counts = manifest["counts"]
     state = "was prepared already" if reused else f"prepared in {time.perf_counter() - start:.0f} s"
     print(f"{options.output_dir} {state}: {manifest['vocab_size']} tokenizer entries")

@@ -190,7 +190,7 @@ def to_split(rows: Iterable[dict[str, Any]], task: Task, name: str, labelled: bo
             split.labels.append(_label(row["label"], task, f"{name}, row {number}"))
         split.ids.append(_row_id(row.get("idx"), number - 1))
     if not len(split):
-        raise ValueError(f"{name} is empty; at least one example is wanted")
+        raise ValueError(f"{name} is empty; expected at least one example")
     return split
 
 
@@ -306,7 +306,7 @@ def load_task_files(
     rows = {part: [(str(path), read_rows(path)) for path in paths] for part, paths in tables.items()}
     labelled = rows["train"] + rows["validation"]
     if not labelled:
-        raise ValueError("no data with labels: a training or a validation file is wanted")
+        raise ValueError("no data with labels; expected a training or a validation file")
     own = task is None
     if own:
         task = infer_task(labelled[0][1], labelled[0][0])

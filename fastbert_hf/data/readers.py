@@ -51,7 +51,7 @@ def check_corpus_files(paths: Iterable[str | Path]) -> list[Path]:
     """
     files = [Path(path) for path in paths]
     if not files:
-        raise ValueError(f"no corpus file was given; at least one of {', '.join(CORPUS_SUFFIXES)} is wanted")
+        raise ValueError(f"no corpus file was given; expected at least one of {', '.join(CORPUS_SUFFIXES)}")
     for file in files:
         if not file.is_file():
             raise ValueError(f"file {str(file)!r} does not exist or is not a file")
@@ -196,7 +196,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     except UnicodeDecodeError as error:
         raise ValueError(f"file {str(path)!r} is not UTF-8 text: {error}") from error
     if not rows:
-        raise ValueError(f"file {str(path)!r} is empty; at least one example is wanted")
+        raise ValueError(f"file {str(path)!r} is empty; expected at least one example")
     return [_tidy(row, path) for row in rows]
 
 
@@ -214,7 +214,7 @@ def _tidy(row: dict[str, Any], path: Path) -> dict[str, Any]:
 def _check_names(names: list[str], path: Path) -> None:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"file {str(path)!r} has two columns {twice!r}; every name is wanted once")
+        raise ValueError(f"file {str(path)!r} has two columns {twice!r}; expected every name once")
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastbert_hf.data.build_corpus import CorpusSettings, build_corpus
 from fastbert_hf.data.masking import IGNORE_INDEX, MaskedLanguageModelCollator, MaskedSequences
 from fastbert_hf.data.packing import Packer, tokenize
-from fastbert_hf.data.preparation import PreparationSettings, prepare
 from fastbert_hf.data.sources import LocalFile
 from fastbert_hf.data.tokenizer import train_wordpiece
 
@@ -41,7 +41,7 @@ def test_packing_keeps_every_token_in_order(tokenizer, sequences):
 def test_packing_rejects_empty_text_and_short_sequences(tokenizer, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ValueError, match="corpus is empty"):
-        prepare([LocalFile(tmp_path / "empty.txt")], [], PreparationSettings(32, vocab_size=150), tmp_path / "out")
+        build_corpus([LocalFile(tmp_path / "empty.txt")], [], CorpusSettings(32, vocab_size=150), tmp_path / "out")
     with pytest.raises(ValueError, match="at least 8"):
         packed(TEXT, tokenizer, 4)
     assert packed([], tokenizer, 32) == packed(["river"], tokenizer, 32) == []

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fastbert_hf.data.preparation import PreparationSettings, is_held_out, prepare
+from fastbert_hf.data.build_corpus import CorpusSettings, build_corpus, is_held_out
 from fastbert_hf.data.readers import read_documents
 from fastbert_hf.data.sources import LocalFile
 from fastbert_hf.files import check_output_folder, staged_folder, write_text
@@ -59,10 +59,10 @@ def test_split_rejects_bad_shares_and_an_empty_corpus(tmp_path):
         with pytest.raises(
             ValueError, match=f"validation_share must lie between 0 and 1, both excluded; got {share}"
         ):
-            prepare([source], [], PreparationSettings(validation_share=share), tmp_path / "out")
+            build_corpus([source], [], CorpusSettings(validation_share=share), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="corpus is empty"):
-        prepare([source], [], PreparationSettings(vocab_size=150), tmp_path / "out")
+        build_corpus([source], [], CorpusSettings(vocab_size=150), tmp_path / "out")
 
 
 def test_staged_folder_moves_everything_or_nothing(tmp_path):

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fastbert_hf.data.preparation import PreparationSettings, prepare
+from fastbert_hf.data.build_corpus import CorpusSettings, build_corpus
 from fastbert_hf.data.sources import LocalFile
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.training.pretraining.data import CorpusArguments, build_corpus_beside, load_pretraining_data
@@ -74,7 +74,7 @@ def corpus(files, tmp_path_factory):
     """A corpus with a tokenizer of its own, without duplicates."""
     folder = tmp_path_factory.mktemp("corpus") / "out"
     options = {"max_seq_length": 32, "validation_share": 0.1, "vocab_size": 200, "shard_megabytes": 0.1}
-    prepare([LocalFile(file) for file in files], [], PreparationSettings(**options, deduplicate=True), folder)
+    build_corpus([LocalFile(file) for file in files], [], CorpusSettings(**options, deduplicate=True), folder)
     return folder
 
 
@@ -101,7 +101,7 @@ def test_a_corpus_with_its_own_tokenizer(corpus):
 def test_a_cleaned_corpus_with_a_given_tokenizer_and_held_out_files(files, corpus, tmp_path):
     options = {"max_seq_length": 24, "tokenizer_name": str(corpus / "tokenizer"), "clean": True}
     train, held_out = [LocalFile(file) for file in files[1:]], [LocalFile(files[0])]
-    prepare(train, held_out, PreparationSettings(**options), tmp_path / "out")
+    build_corpus(train, held_out, CorpusSettings(**options), tmp_path / "out")
     assert digests(tmp_path / "out") == {
         "train-00000.arrow": "92db9a3533f448ae",
         "validation-00000.arrow": "c7ddb7fd4edce4b4",

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from fastbert_hf.data.build_corpus import CorpusSettings, build_corpus, check_validation_share
+from fastbert_hf.data.corpus_store import StoredCorpus
 from fastbert_hf.data.masking import MaskedLanguageModelCollator, MaskedSequences
-from fastbert_hf.data.preparation import PreparationSettings, check_validation_share, prepare
-from fastbert_hf.data.prepared import PreparedCorpus
 from fastbert_hf.data.readers import check_corpus_files
 from fastbert_hf.data.sources import LocalFile
 from fastbert_hf.files import file_digest
@@ -104,7 +104,7 @@ def text_identity(options: CorpusArguments) -> dict[str, Any]:
         Digests, and how files are split and read.
     """
     if options.corpus is not None:
-        manifest = PreparedCorpus(options.corpus, verify=False).manifest
+        manifest = StoredCorpus(options.corpus, verify=False).manifest
         shards = [entry["sha256"] for split in ("train", "validation") for entry in manifest["shards"][split]]
         return {"corpus": hashlib.sha256(" ".join(shards).encode()).hexdigest()}
     digests = {name: [file_digest(Path(file)) for file in getattr(options, name)] for name in FILES}
@@ -135,14 +135,14 @@ def build_corpus_beside(
         [LocalFile(Path(name), options.text_column) for name in names]
         for names in (options.train_file, options.validation_file)
     )
-    settings = PreparationSettings(
+    settings = CorpusSettings(
         options.max_seq_length,
         options.validation_share,
         deduplicate=tokenizer_name is None,
         tokenizer_name=tokenizer_name,
         vocab_size=options.vocab_size,
     )
-    prepare(train, held_out, settings, folder, progress, replace=tokenizer_name is not None)
+    build_corpus(train, held_out, settings, folder, progress, replace=tokenizer_name is not None)
     return str(folder)
 
 
@@ -183,7 +183,7 @@ def load_pretraining_data(
 
 
 def _open_prepared(options: CorpusArguments, tokenizer: "PreTrainedTokenizerBase", vocab_size: int):
-    corpus = PreparedCorpus(options.corpus, options.verify_corpus)
+    corpus = StoredCorpus(options.corpus, options.verify_corpus)
     if corpus.seq_length != options.max_seq_length:
         raise ValueError(
             f"the corpus in {options.corpus!r} has sequences of {corpus.seq_length} tokens; "

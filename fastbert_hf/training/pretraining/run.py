@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
+from fastbert_hf.data.corpus_store import StoredCorpus
 from fastbert_hf.data.masking import IGNORE_INDEX, check_probability
-from fastbert_hf.data.prepared import PreparedCorpus
 from fastbert_hf.data.tokenizer import load_tokenizer, tokenizer_digest
 from fastbert_hf.training.checkpoints import check_checkpoint, find_checkpoint, remove_checkpoints
 from fastbert_hf.training.leaf_balance import add_balance, check_balance
@@ -263,7 +263,7 @@ def _tokenizer_name(options: PretrainingArguments) -> str | None:
     """The tokenizer's folder or Hub name; None where a corpus has to be prepared first."""
     name = options.tokenizer_name or options.model_name_or_path
     if name is None and options.corpus is not None:
-        name = str(PreparedCorpus(options.corpus, verify=False).tokenizer_folder)
+        name = str(StoredCorpus(options.corpus, verify=False).tokenizer_folder)
     return name
 
 

@@ -13,9 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastbert_hf.data.cleaning import clean_document
+from fastbert_hf.data.corpus_store import (
+    COUNTS,
+    MANIFEST,
+    TOKENIZER,
+    damage,
+    read_manifest,
+    write_manifest,
+    write_shards,
+)
 from fastbert_hf.data.deduplication import SeenDocuments
 from fastbert_hf.data.packing import Packer, check_seq_length, tokenize
-from fastbert_hf.data.prepared import COUNTS, MANIFEST, TOKENIZER, damage, read_manifest, write_manifest, write_shards
 from fastbert_hf.data.readers import read_documents
 from fastbert_hf.data.sources import Source
 from fastbert_hf.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_digest, train_wordpiece
@@ -29,7 +37,7 @@ WORK = ".work"  # what is being compared and written; removed at the end
 
 
 @dataclass(frozen=True)
-class PreparationSettings:
+class CorpusSettings:
     """What decides the bytes of a prepared corpus, beside its sources.
 
     Attributes:
@@ -93,10 +101,10 @@ def check_validation_share(share: float) -> None:
         raise ValueError(f"validation_share must lie between 0 and 1, both excluded; got {share}")
 
 
-def prepare(
+def build_corpus(
     train: list[Source],
     validation: list[Source],
-    settings: PreparationSettings,
+    settings: CorpusSettings,
     folder: Path,
     progress: bool = False,
     replace: bool = False,
@@ -155,7 +163,7 @@ def prepare(
     return write_manifest(folder, manifest), False
 
 
-def _check_kinds(train: list[Source], validation: list[Source], settings: PreparationSettings) -> None:
+def _check_kinds(train: list[Source], validation: list[Source], settings: CorpusSettings) -> None:
     """Check that sources of token ids come with what they need."""
     kinds = {source.is_tokenized() for source in (*train, *validation)}
     if len(kinds) > 1:
@@ -186,7 +194,7 @@ def _difference(there: Any, here: Any, name: str = "") -> str:
     )
 
 
-def _given_tokenizer(settings: PreparationSettings) -> "PreTrainedTokenizerBase | None":
+def _given_tokenizer(settings: CorpusSettings) -> "PreTrainedTokenizerBase | None":
     """The tokenizer that the settings name, if they name one."""
     if settings.tokenizer_name is None:
         return None
@@ -197,7 +205,7 @@ def _given_tokenizer(settings: PreparationSettings) -> "PreTrainedTokenizerBase 
 
 
 def _new_tokenizer(
-    train: list[Source], validation: list[Source], settings: PreparationSettings, progress: bool
+    train: list[Source], validation: list[Source], settings: CorpusSettings, progress: bool
 ) -> "PreTrainedTokenizerBase":
     """A tokenizer trained on a sample of the training text."""
     share = 0.0 if validation else settings.validation_share
@@ -210,7 +218,7 @@ def _new_tokenizer(
     )
 
 
-def _sample(sources: list[Source], settings: PreparationSettings, validation_share: float) -> Iterator[str]:
+def _sample(sources: list[Source], settings: CorpusSettings, validation_share: float) -> Iterator[str]:
     """The beginning of every source, in equal parts, without what is held out."""
     for source in sources:
         room = settings.tokenizer_megabytes * 1e6 / len(sources)
@@ -229,7 +237,7 @@ def _sample(sources: list[Source], settings: PreparationSettings, validation_sha
 def _write(
     train: list[Source],
     validation: list[Source],
-    settings: PreparationSettings,
+    settings: CorpusSettings,
     folder: Path,
     tokenizer: "PreTrainedTokenizerBase",
     progress: bool,
@@ -287,7 +295,7 @@ def _write(
 
 
 def _kept(
-    documents: Iterable[str], settings: PreparationSettings, seen: SeenDocuments | None, counts: Counts
+    documents: Iterable[str], settings: CorpusSettings, seen: SeenDocuments | None, counts: Counts
 ) -> Iterator[str]:
     """Documents that pass cleaning and were not seen before."""
     for document in documents:

@@ -140,7 +140,7 @@ def _read_shard(path: Path) -> list[np.ndarray]:
         raise ValueError(f"shard {str(path)!r} cannot be read: {error}") from error
 
 
-class PreparedCorpus:
+class StoredCorpus:
     """What `scripts/prepare_corpus.py` made, opened for training.
 
     Args:

@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fastbert_hf.cli.arguments import RecipeArgumentParser
+from fastbert_hf.training.glue.classifier import ModelArguments
+from fastbert_hf.training.glue.options import DataTrainingArguments
 from tests.processes import CHILD_SECONDS
 from tests.training.conftest import write_split
 
@@ -85,7 +87,7 @@ def test_other_ways_to_train_reach_the_same_place(pretrained, glue_dir, tmp_path
 def test_recipes_name_several_tasks_and_seeds(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("task_name: [rte, mrpc]\nseeds: [3, 4]\nmodel_name_or_path: [a, b]\nmodel_names: [x, y]\n")
-    kinds = (run_glue.ModelArguments, run_glue.DataTrainingArguments)
+    kinds = (ModelArguments, DataTrainingArguments)
     model, data = RecipeArgumentParser(kinds).parse(["--config", str(recipe)])
     assert (data.task_name, data.seeds) == (["rte", "mrpc"], [3, 4])
     assert (model.model_name_or_path, model.model_names) == (["a", "b"], ["x", "y"])

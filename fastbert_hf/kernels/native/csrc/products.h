@@ -130,14 +130,22 @@ static void product_rows(const float* const* a, int rows, const typename E::type
   product_tile<E, 1, L>(a, b, pass, partial, out, stride);
 }
 
-// Asks for what the tiles after this one read of b: with few rows a leaf's weights come from memory, in order, and
-// the processor's own prefetching stops at every page.
+// Asks for what is read of b a little later, so that it comes from memory while this is computed: the processor's own
+// prefetching stops at every page. Rows that come whole are asked for kBytesAhead early, those that come in several
+// passes one block of rows early, piece by piece.
 constexpr int64_t kBytesAhead = 24 << 10;
 template <class E>
 FFF_INLINE void fetch_ahead(const typename E::type* b, int64_t rows, const Pass& pass) {
-  const int64_t bytes = rows * pass.width * (int64_t)sizeof(typename E::type);
-  const char* from = (const char*)b + kBytesAhead;
-  if (pass.first && pass.last && from + bytes <= pass.b_end) prefetch_row(from, bytes);
+  constexpr int64_t kSize = sizeof(typename E::type);
+  if (pass.first && pass.last) {
+    const char* from = (const char*)b + kBytesAhead;
+    prefetch_row(from, max64(0, min64(rows * pass.width * kSize, pass.b_end - from)));
+    return;
+  }
+  for (int64_t row = kProductBlock; row < kProductBlock + rows; ++row) {
+    const typename E::type* from = b + row * pass.width + pass.begin;
+    if ((const char*)from < pass.b_end) prefetch_row(from, (pass.end - pass.begin) * kSize);
+  }
 }
 
 // Rows [0, b_rows) of b, at most kProductBlock, for all rows of `a`.
@@ -238,12 +246,13 @@ static void sum_weighted_rows(const WeightedRows<E>& p, int64_t count, int64_t b
   for (int64_t k = 0; k < p.b_rows; k += depth) {
     const int64_t rows = min64(depth, p.b_rows - k);
     const bool first = p.first && k == 0, last = p.last && k + rows == p.b_rows;
-    for (int64_t ahead = k + rows; ahead < min64(p.b_rows, k + 2 * rows); ++ahead)
-      prefetch_row(p.b[ahead] + begin, (end - begin) * (int64_t)sizeof(typename E::type));
-    for (int64_t column = begin; column < end; column += columns)
+    for (int64_t column = begin; column < end; column += columns) {
+      const int64_t stop = min64(end, column + columns);
+      for (int64_t ahead = k + rows; ahead < min64(p.b_rows, k + 2 * rows); ++ahead)
+        prefetch_row(p.b[ahead] + column, (stop - column) * (int64_t)sizeof(typename E::type));
       for (int64_t i = 0; i < count; i += kSumRows)
-        sum_some(p, p.b + k, rows, p.coefficients + k, i, (int)min64(kSumRows, count - i), first, last, column,
-                 min64(end, column + columns));
+        sum_some(p, p.b + k, rows, p.coefficients + k, i, (int)min64(kSumRows, count - i), first, last, column, stop);
+    }
   }
 }
 

@@ -49,6 +49,30 @@ def check_leaf_arguments(
     Raises:
         ValueError: names the argument, its value and what was expected.
     """
+    dtype, device, parameters = x.dtype, x.device, (router, threshold, weight_in, bias_in, weight_out, bias_out)
+    if (  # all is well: the rest only finds the words, which would take longer than a kernel at N = 1
+        activation in ACTIVATIONS
+        and trees >= 1
+        and depth >= 0
+        and x.dim() == weight_in.dim() == weight_out.dim() == 2
+        and (neurons := weight_in.shape[0]) > 0
+        and neurons % (leaves := trees << depth) == 0
+        and router.shape == (leaves - trees, width := x.shape[1])
+        and threshold.shape == (leaves - trees,)
+        and (weight_in.shape[1], weight_out.shape[0]) == (width, neurons)
+        and dtype in FLOAT_DTYPES
+        and (bias_in is None or bias_in.shape == (neurons,))
+        and (bias_out is None or bias_out.shape == (leaves, weight_out.shape[1]))
+        and all(t is None or (t.dtype == dtype and t.device == device) for t in parameters)
+    ):
+        return neurons // leaves
+    return _explain_arguments(x, *parameters, trees, depth, activation)
+
+
+def _explain_arguments(
+    x, router, threshold, weight_in, bias_in, weight_out, bias_out, trees: int, depth: int, activation: str
+) -> int:
+    """The checks of `check_leaf_arguments`, one by one, for their messages."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
     if trees < 1 or depth < 0:
@@ -157,7 +181,9 @@ class _RowsByLeaf:
     def products(self, vectors: Tensor, weight: Tensor) -> Tensor:
         """vectors[i] @ weight[leaf of i]: (N, K) sorted, (m, K, J) -> (N, J) in the dtype of `vectors`."""
         if can_group(vectors, weight):
-            return F.grouped_mm(vectors.to(weight.dtype), weight, offs=self._offsets()).to(vectors.dtype)
+            return F.grouped_mm(vectors.to(weight.dtype), weight, offs=self.counts.cumsum(0).to(torch.int32)).to(
+                vectors.dtype
+            )
         parts = weight.unbind(0)  # once: indexing in a loop makes autograd allocate the whole for every leaf
         out = vectors.new_empty(vectors.shape[0], weight.shape[2])
         for leaf, begin, end in self._groups():
@@ -170,9 +196,6 @@ class _RowsByLeaf:
         for leaf, begin, end in self._groups():
             out[leaf] = left[begin:end].T @ right[begin:end]
         return out
-
-    def _offsets(self) -> Tensor:
-        return self.counts.cumsum(0).to(torch.int32)
 
 
 def can_group(vectors: Tensor, weight: Tensor) -> bool:

@@ -15,21 +15,49 @@ from contextvars import ContextVar
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 BACKEND_VARIABLE = "FASTBERT_BACKEND"
 AUTO = "auto"
 
 
 class Backend(Protocol):
-    """What the registry knows of a backend. The ops say what else theirs must have."""
+    """What computes an op. Arguments, shapes and dtypes are those of the functions in the op's reference file.
+
+    `supports` sees arguments as they come; `infer` and `forward` check them as the reference does.
+    """
 
     name: str
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run on this machine at all, or None."""
 
-    def supports(self, *call) -> str | None:
+    def supports(self, x: Tensor, weight_in: Tensor, weight_out: Tensor, trees: int, depth: int, activation: str):
         """Why this backend declines this call (a sentence), or None when it takes it."""
+
+    def infer(self, *arguments) -> Tensor:
+        """y (N, H_out) alone."""
+
+    def forward(self, *arguments) -> tuple[Tensor, ...]:
+        """y (N, H_out) and what backward needs."""
+
+    def backward(self, grad_y: Tensor, *arguments) -> list[Tensor | None]:
+        """Gradients of the tensor arguments; None where `output_mask`, the last argument, does not ask for one."""
+
+
+class PlainBackend:
+    """Plain PyTorch, every device and dtype: a subclass names the reference's `forward` and `backward`."""
+
+    name = "reference"
+
+    def unavailable(self) -> None:
+        return None
+
+    def supports(self, *call) -> None:
+        return None
+
+    def infer(self, *arguments) -> Tensor:
+        return self.forward(*arguments)[0]
 
 
 BACKENDS: dict[str, dict[str, Backend]] = {}  # op -> name -> backend, in order of preference

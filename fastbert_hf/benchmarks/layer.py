@@ -111,7 +111,7 @@ def fed(function: Callable[[Tensor], Tensor], x: Tensor, tokens: int) -> Callabl
 
 def native_c_call(layer: FastFeedForward, x: Tensor, y: Tensor, threads: int, rows_per_call: int):
     """The native kernel called through ctypes, arguments prepared: walks `rows_per_call` fresh rows of x a call."""
-    from fastbert_hf.kernels.native.backend import ACTIVATION_CODES, DTYPE_CODES
+    from fastbert_hf.kernels.native.kernels import ACTIVATION_CODES, DTYPE_CODES
     from fastbert_hf.kernels.native.library import load_library
 
     forward = load_library().fff_forward

@@ -120,7 +120,7 @@ def _on_parameters(form: Callable, parameters: list[Tensor], x: Tensor) -> Tenso
 
 def c_call(layer: LeafFeedForward, x: Tensor, rows_per_call: int) -> Callable[[], Tensor]:
     """The native kernel called through ctypes, arguments prepared, on fresh rows of x each time."""
-    from fastbert_hf.kernels.native.backend import ACTIVATION_CODES, DTYPE_CODES
+    from fastbert_hf.kernels.native.kernels import ACTIVATION_CODES, DTYPE_CODES
     from fastbert_hf.kernels.native.library import load_library
 
     forward, parameters = load_library().fff_leaf_forward, layer.op_arguments()[:6]

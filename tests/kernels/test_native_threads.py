@@ -9,19 +9,28 @@ import sys
 import pytest
 import torch
 
-from fastbert_hf.kernels.native import backend as backend_module
+from fastbert_hf.kernels import BACKENDS_BY_OP
 from fastbert_hf.kernels.native import library
-from tests.kernels.cases import make_problem
+from fastbert_hf.kernels.native.kernels import NativeKernels
+from tests.kernels.cases import make_leaf_problem, make_problem
 
 STATUS_BAD_ARGUMENT = 3
 REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
 
 
+FORMS = {"fff": make_problem, "leaf_trees": make_leaf_problem}
+
+
+@pytest.fixture(params=FORMS)
+def form(request, native):
+    """The native backend of one form of tree, and what makes a problem for it."""
+    return BACKENDS_BY_OP[request.param][0], FORMS[request.param]
+
+
 def gradients(native, problem, output_mask=None):
-    _, visited, logits = native.forward(problem.x, *problem.parameters())
-    parameters = (problem.weight_in, problem.bias_in, problem.weight_out)
-    mask = output_mask or problem.output_mask
-    return native.backward(problem.grad_y, problem.x, *parameters, visited, logits, problem.activation, mask)
+    problem = dataclasses.replace(problem, output_mask=output_mask or problem.output_mask)
+    _, *saved = native.forward(problem.x, *problem.parameters())
+    return problem.backward(native, saved)
 
 
 def part(problem, rows):
@@ -43,30 +52,44 @@ def regions(native_library):
     native_library.fff_set_parallel_region(library._parallel_region_of_torch())
 
 
-def test_a_small_backward_wakes_no_thread(native, regions):
+def test_a_small_backward_wakes_no_thread(form, regions):
+    native, make = form
     torch.set_num_threads(8)
-    gradients(native, make_problem(3, 40, 24, 2, 3))
-    assert regions == []
-    gradients(native, make_problem(3, 64, 64, 1, 11), [True, False, True, False])  # nothing large is written
+    gradients(native, make(3, 40, 24, 2, 3))
     assert regions == []
 
 
-def test_a_large_backward_uses_all_threads_and_a_large_gradient_too(native, regions):
+def test_a_backward_that_writes_nothing_large_wakes_no_thread(native, regions):
     torch.set_num_threads(8)
-    gradients(native, make_problem(3000, 96, 96, 1, 5))
+    gradients(native, make_problem(3, 64, 64, 1, 11), [True, False, True, False])
+    assert regions == []
+
+
+def test_a_large_backward_uses_all_threads(form, regions):
+    native, make = form
+    torch.set_num_threads(8)
+    gradients(native, make(3000, 96, 96, 1, 5))
     assert max(regions) == 8
-    regions.clear()
-    gradients(native, make_problem(1, 96, 96, 1, 11))  # 4095 rows of zeros
+
+
+def test_a_backward_that_writes_a_large_gradient_uses_all_threads(form, regions):
+    native, make = form
+    torch.set_num_threads(8)
+    gradients(native, make(1, 96, 96, 1, 11))  # thousands of rows of zeros
     assert max(regions) == 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("mask", [[True] * 4, [False, True, False, True], [True, False, False, False]])
-def test_backward_of_more_rows_than_it_can_number_goes_in_chunks(native, monkeypatch, dtype, mask):
-    problem = make_problem(50, 24, 20, 2, 3, dtype=dtype)
+@pytest.mark.parametrize("wanted_from", ["all", "every second", "x alone"])
+def test_backward_of_more_rows_than_it_can_number_goes_in_chunks(form, monkeypatch, dtype, wanted_from):
+    native, make = form
+    problem = make(50, 24, 20, 2, 3, dtype=dtype)
+    count = len(problem.names)
+    masks = {"all": [True] * count, "every second": [i % 2 == 1 for i in range(count)]}
+    mask = masks.get(wanted_from, [True] + [False] * (count - 1))
     expected = gradients(native, problem, mask)
     parts = [gradients(native, part(problem, rows), mask) for rows in (slice(0, 20), slice(20, 40), slice(40, 50))]
-    monkeypatch.setattr(backend_module, "MAX_BACKWARD_ROWS", 20)
+    monkeypatch.setattr(NativeKernels, "max_backward_rows", 20)
     chunked = gradients(native, problem, mask)
     for index, (value, wanted) in enumerate(zip(chunked, expected, strict=True)):
         assert (value is None) == (wanted is None) == (not mask[index])
@@ -83,7 +106,9 @@ def test_the_library_refuses_more_rows_than_it_can_number(native_library):
     memory = torch.zeros(64)
     pointers = [memory.data_ptr()] * 6 + [None] * 4
     assert native_library.fff_backward(*pointers, 2**31, 4, 4, 1, 1, 0, 0, 1) == STATUS_BAD_ARGUMENT
-    assert backend_module.MAX_BACKWARD_ROWS == 2**31 - 1
+    pointers = [memory.data_ptr()] * 10 + [None] * 7
+    assert native_library.fff_leaf_backward(*pointers, 2**31, 4, 4, 1, 2, 1, 0, 0, 1) == STATUS_BAD_ARGUMENT
+    assert NativeKernels.max_backward_rows == 2**31 - 1
 
 
 def test_the_backend_names_its_instruction_set_and_threads(native, instruction_set, monkeypatch):

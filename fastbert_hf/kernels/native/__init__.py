@@ -1,6 +1,6 @@
 """The `native` backends: C++ kernels for CPUs behind a plain C ABI."""
 
-from .backend import NativeBackend
+from .fff_backend import NativeBackend
 from .leaf_backend import NativeLeafBackend
 
 __all__ = ["NativeBackend", "NativeLeafBackend"]

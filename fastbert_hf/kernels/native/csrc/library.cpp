@@ -99,8 +99,9 @@ int useful_threads(const Shape& s, int64_t products_per_row, int64_t other_produ
 }
 
 // A leaf is wide enough to share even one row's work among threads.
-int useful_threads(const LeafShape& s, int64_t products_per_row) {
-  return (int)max64(1, min64(s.threads, s.num_rows * products_per_row / kProductsPerThread));
+int useful_threads(const LeafShape& s, int64_t products_per_row, int64_t other_products = 0) {
+  const int64_t products = max64(s.num_rows * products_per_row, other_products);
+  return (int)max64(1, min64(s.threads, products / kProductsPerThread));
 }
 
 bool in_range(const Shape& s, int dtype) {
@@ -252,7 +253,9 @@ FFF_API int fff_leaf_backward(const void* grad_y, const void* x, const void* rou
       !deciders || !margins || !logits)
     return fff::kNoData;
   const int64_t size = dtype == 0 ? 4 : 2, neurons = shape.trees * shape.leaves() * leaf_width;
-  shape.threads = fff::useful_threads(shape, 2 * trees * leaf_width * (in_width + out_width));
+  const int64_t written = neurons * ((grad_weight_in ? in_width : 0) + (grad_weight_out ? out_width : 0));
+  shape.threads =
+      fff::useful_threads(shape, 2 * trees * leaf_width * (in_width + out_width), written * fff::kProductsPerWrite);
   fff::expect_writes(grad_x, num_rows * in_width * size);
   fff::expect_writes(grad_weight_in, neurons * in_width * size);
   fff::expect_writes(grad_weight_out, neurons * out_width * size);

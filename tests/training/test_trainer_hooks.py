@@ -5,9 +5,9 @@ import inspect
 import pytest
 from transformers import Trainer
 
+from fastbert_hf.training.budget_trainer import BudgetTrainer
 from fastbert_hf.training.glue.finetuning import ClassifierTrainer
 from fastbert_hf.training.pretraining.run import pretrain
-from fastbert_hf.training.pretraining.trainer import BudgetTrainer
 from fastbert_hf.training.trainer_hooks import check_hooks
 from tests.training.runs import arguments
 

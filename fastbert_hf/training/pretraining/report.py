@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from fastbert_hf.files import write_text
+from fastbert_hf.training.budget_trainer import BudgetTrainer
 from fastbert_hf.training.figures import plot_learning_curve, plot_tree_usage
 from fastbert_hf.training.pretraining.data import CorpusArguments, PretrainingData
-from fastbert_hf.training.pretraining.trainer import BudgetTrainer
-from fastbert_hf.training.pretraining.tree_usage import TreeUsageCallback, dead_leaf_names
 from fastbert_hf.training.publishing import write_card, write_recipe
 from fastbert_hf.training.runs import is_main_process, write_summary
+from fastbert_hf.training.tree_usage import TreeUsageCallback, dead_leaf_names
 
 HISTORY, USAGE = "history.json", "tree_usage.json"
 CURVE_PICTURE, USAGE_PICTURE = "loss.png", "tree_usage.png"

@@ -11,9 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from fastbert_hf.data.corpus_store import StoredCorpus
 from fastbert_hf.data.masking import IGNORE_INDEX, check_probability
 from fastbert_hf.data.tokenizer import load_tokenizer, tokenizer_digest
+from fastbert_hf.training.budget import UNITS, BudgetClock
+from fastbert_hf.training.budget_progress import show_budget
+from fastbert_hf.training.budget_trainer import BudgetTrainer
 from fastbert_hf.training.checkpoints import check_checkpoint, find_checkpoint, remove_checkpoints
 from fastbert_hf.training.leaf_balance import add_balance, check_balance
-from fastbert_hf.training.pretraining.budget import UNITS, BudgetClock
 from fastbert_hf.training.pretraining.data import (
     CorpusArguments,
     PretrainingData,
@@ -23,9 +25,7 @@ from fastbert_hf.training.pretraining.data import (
     text_identity,
 )
 from fastbert_hf.training.pretraining.model import build_model
-from fastbert_hf.training.pretraining.progress import show_budget
 from fastbert_hf.training.pretraining.report import write_pretraining_report
-from fastbert_hf.training.pretraining.trainer import BudgetTrainer
 from fastbert_hf.training.provenance import (
     Provenance,
     as_json,
@@ -36,6 +36,7 @@ from fastbert_hf.training.provenance import (
 from fastbert_hf.training.publishing import add_hub_files, check_push, publish
 from fastbert_hf.training.runs import check_options, disable_pin_memory_on_cpu, is_main_process, save_model
 from fastbert_hf.training.trainer_hooks import check_hooks
+from fastbert_hf.training.tree_usage import TreeUsageCallback
 
 SCHEDULES = ("triangle", "trainer")
 # Training arguments that the options of this file replace, or that only say how many steps there are.
@@ -334,4 +335,5 @@ def _trainer(
     )
     add_balance(trainer, options.balance_leaves)
     show_budget(trainer)
+    trainer.add_callback(TreeUsageCallback(trainer))
     return trainer

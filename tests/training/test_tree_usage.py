@@ -8,7 +8,7 @@ import torch
 from fastbert_hf import FastBertConfig, FastBertModel
 from fastbert_hf.training.figures import plot_tree_usage
 from fastbert_hf.training.pretraining.run import pretrain
-from fastbert_hf.training.pretraining.tree_usage import (
+from fastbert_hf.training.tree_usage import (
     VisitCounts,
     counted_visits,
     dead_leaf_names,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM
 
-from fastbert_hf.training.pretraining import trainer as budget_trainer
-from fastbert_hf.training.pretraining.budget import triangle
+from fastbert_hf.training import budget_trainer
+from fastbert_hf.training.budget import triangle
 from fastbert_hf.training.pretraining.run import pretrain
-from fastbert_hf.training.pretraining.tree_usage import counted_visits, tree_layers, tree_usage
+from fastbert_hf.training.tree_usage import counted_visits, tree_layers, tree_usage
 from tests.training.runs import arguments, losses
 
 TOKENS_A_STEP = 8 * 16

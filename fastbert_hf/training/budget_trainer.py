@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from fastbert_hf.data.order import MicrobatchOrder
+from fastbert_hf.training.budget import BudgetClock, ramped_microbatches, triangle
 from fastbert_hf.training.checkpoints import STATE, last_checkpoint, remove_unfinished, staged_checkpoint
-from fastbert_hf.training.pretraining.budget import BudgetClock, ramped_microbatches, triangle
 from fastbert_hf.training.provenance import Provenance
 from fastbert_hf.training.trainer_hooks import check_hooks
 

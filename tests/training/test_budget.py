@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from fastbert_hf.data.order import MicrobatchOrder
-from fastbert_hf.training.pretraining.budget import BudgetClock, ramped_microbatches, triangle
+from fastbert_hf.training.budget import BudgetClock, ramped_microbatches, triangle
 
 
 def test_the_rate_is_the_published_triangle():

@@ -1,16 +1,15 @@
-"""What a person sees while a model is pretrained: a bar over the budget and one line for every logged step."""
+"""What a person sees while a model trains within a budget: a bar over it and one line for every logged step."""
 
 import time
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from fastbert_hf.training.pretraining.trainer import BudgetTrainer
-from fastbert_hf.training.pretraining.tree_usage import TreeUsageCallback
+from fastbert_hf.training.budget_trainer import BudgetTrainer
 
 
 def show_budget(trainer: BudgetTrainer) -> None:
-    """Replace the library's bar and printer, which count steps, and watch the trees.
+    """Replace the library's bar and printer, which count steps.
 
     Args:
         trainer: not yet training.
@@ -18,7 +17,6 @@ def show_budget(trainer: BudgetTrainer) -> None:
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(BudgetProgress(trainer))
-    trainer.add_callback(TreeUsageCallback(trainer))
 
 
 class BudgetProgress(TrainerCallback):

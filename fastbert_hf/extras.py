@@ -5,6 +5,7 @@ from importlib.util import find_spec
 # extra of setup.cfg -> modules that must be there
 EXTRAS = {
     "training": ("accelerate", "datasets", "scipy", "sklearn"),
+    "embedding": ("sentence_transformers",),
     "bench": ("matplotlib", "onnx", "onnxruntime", "onnxscript"),
 }
 

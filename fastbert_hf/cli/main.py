@@ -13,6 +13,7 @@ COMMANDS = {
     "pretrain": ("pretrain", "pretrain a masked language model"),
     "compare": ("compare", "compare finished pretraining runs"),
     "glue": ("glue", "fine-tune and evaluate classifiers on GLUE tasks or own data"),
+    "distill": ("distill", "make a model that you have faster: trees in place of its feed-forward layers"),
     "distill fit-layers": ("fit_layers", "fit trees to a dense layer of a trained model"),
     "push": ("push", "push a model folder to the Hub"),
     "pull": ("pull", "take a model from the Hub"),
@@ -36,7 +37,8 @@ def main(argv: list[str]) -> None:
     Raises:
         ValueError: for an unknown subcommand.
     """
-    for words, (module, _) in COMMANDS.items():
+    for words in sorted(COMMANDS, key=len, reverse=True):  # "distill fit-layers" before "distill"
+        module, _ = COMMANDS[words]
         count = len(words.split())
         if " ".join(argv[:count]) == words:
             importlib.import_module(f"fastbert_hf.cli.{module}").main(argv[count:])

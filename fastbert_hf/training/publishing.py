@@ -111,9 +111,18 @@ def write_card(trainer: "Trainer") -> None:
     if not isinstance(model, FastBertPreTrainedModel):
         trainer.create_model_card()
         return
-    repo = trainer.args.hub_model_id or folder.absolute().name
+    write_model_card(model, folder, trainer.args.hub_model_id)
+
+
+def write_model_card(model: FastBertPreTrainedModel, folder: Path, repo: str | None = None) -> None:
+    """Write README.md of a model into its folder, from the summary that lies there.
+
+    Args:
+        model: what the card describes. repo: where it will be found; default: the folder's name.
+    """
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    write_text(folder / "README.md", render_card(folder, model.config, type(model).__name__, parameters, repo))
+    name = repo or folder.absolute().name
+    write_text(folder / "README.md", render_card(folder, model.config, type(model).__name__, parameters, name))
 
 
 def publish(trainer: "Trainer") -> None:

@@ -1,7 +1,7 @@
 """What reaches a module while a model runs over text: a bounded sample of rows, on disk."""
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,6 @@ class RowSample:
         return self._kept[: min(self.seen, len(self._kept))]
 
 
-@torch.no_grad()
 def sample_inputs(
     model: nn.Module,
     module: nn.Module,
@@ -75,24 +74,45 @@ def sample_inputs(
     Raises:
         ValueError: nothing reached the module.
     """
-    sample: RowSample | None = None
+    (rows,) = sample_inputs_of_all(model, [module], batches, [path], max_rows=max_rows, seed=seed)
+    return rows
+
+
+@torch.no_grad()
+def sample_inputs_of_all(
+    model: nn.Module,
+    modules: Sequence[nn.Module],
+    batches: Iterable[Mapping[str, Tensor]],
+    paths: Sequence[str | Path],
+    *,
+    max_rows: int = 65536,
+    seed: int = 0,
+) -> list[np.memmap]:
+    """`sample_inputs` for several modules in one pass; all of them keep the same rows.
+
+    Args:
+        modules: in the order in which the model calls them. paths: one file for each.
+    """
+    samples: list[RowSample | None] = [None] * len(modules)
     mask: Tensor | None = None
 
-    def take(_, inputs: tuple[Tensor, ...]) -> None:
-        nonlocal sample
-        x = inputs[0]
+    def take(number: int, x: Tensor) -> None:
         kept = x.reshape(-1, x.shape[-1])
         if mask is not None and mask.shape == x.shape[:-1]:
             kept = kept[mask.reshape(-1).bool()]
-        if sample is None:
-            sample = RowSample(path, max_rows, x.shape[-1], seed)
-        sample.add(kept)
-        raise _Reached
+        if samples[number] is None:
+            samples[number] = RowSample(paths[number], max_rows, x.shape[-1], seed)
+        samples[number].add(kept)
+        if number == len(modules) - 1:
+            raise _Reached
 
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    handle = module.register_forward_pre_hook(take)
+    handles = [
+        module.register_forward_pre_hook(lambda _, inputs, number=number: take(number, inputs[0]))
+        for number, module in enumerate(modules)
+    ]
     try:
         for batch in batches:
             arguments = {name: value.to(device) for name, value in batch.items() if name != "labels"}
@@ -100,8 +120,9 @@ def sample_inputs(
             with contextlib.suppress(_Reached):
                 model(**arguments)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         model.train(was_training)
-    if sample is None or sample.seen == 0:
+    if any(sample is None or sample.seen == 0 for sample in samples):
         raise ValueError("no row reached the module: batches is empty, or the model does not use it")
-    return sample.rows()
+    return [sample.rows() for sample in samples]

@@ -1,12 +1,11 @@
 """Fit several forms of layer to one dense layer of a trained model: a table of what each leaves unexplained."""
 
 import dataclasses
-import itertools
 import json
 import math
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastbert_hf.data.readers import TABLE_SUFFIXES, check_corpus_files, read_documents, read_rows
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.encoder_fastbert import FastBertDenseFeedForward
 from fastbert_hf.fff_reference import ACTIVATIONS
@@ -32,9 +30,9 @@ from fastbert_hf.training.distillation.layer_fit import (
     unexplained,
 )
 from fastbert_hf.training.distillation.start_from_data import DenseWeights
+from fastbert_hf.training.distillation.texts import check_text_files, read_texts, tokenized
 from fastbert_hf.training.leaf_balance import check_balance
 
-BATCH = 32  # texts that the model reads at a time
 ACTIVATION_NAMES = {name: name for name in ACTIVATIONS}
 ACTIVATION_NAMES |= {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
 COUNTS = ("texts_per_file", "other_texts_per_file", "max_seq_length", "max_rows", "steps", "rows_per_step")
@@ -80,11 +78,7 @@ class LayerFitArguments:
         check_balance(self.balance_leaves)
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive; got {self.learning_rate}")
-        for file in self.train_file + self.other_file:
-            if Path(file).suffix not in TABLE_SUFFIXES:
-                check_corpus_files([file])
-            elif not Path(file).is_file():
-                raise ValueError(f"data file {file!r} does not exist")
+        check_text_files(self.train_file + self.other_file)
         check_output_folder(self.output_dir)
 
     @property
@@ -197,29 +191,3 @@ def dense_layers(model: PreTrainedModel) -> list[tuple[nn.Module, DenseWeights, 
     if not found:
         raise ValueError(f"{model.config.model_type!r} has no dense feed-forward layer of a known form")
     return found
-
-
-def read_texts(files: Sequence[str], count: int, draw: random.Random) -> list[str]:
-    """Texts of several files: of each, `count` at random (of a text file, among its first 20 * count lines).
-
-    Args:
-        files: tables, of which every string is a text, and text files with one text a line.
-        count: for each file, at most.
-        draw: what chooses.
-    """
-    texts = []
-    for file in files:
-        if Path(file).suffix in TABLE_SUFFIXES:
-            found = [value for row in read_rows(file) for value in row.values() if isinstance(value, str) and value]
-        else:
-            found = list(itertools.islice(read_documents([file]), 20 * count))
-        texts += draw.sample(found, min(count, len(found)))
-    return texts
-
-
-def tokenized(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Iterable[dict]:
-    """Batches of texts of like length: `input_ids` and `attention_mask` (B, T)."""
-    texts = sorted(texts, key=len)
-    for start in range(0, len(texts), BATCH):
-        part = texts[start : start + BATCH]
-        yield tokenizer(part, truncation=True, max_length=max_seq_length, padding=True, return_tensors="pt")

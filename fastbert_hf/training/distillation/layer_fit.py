@@ -147,10 +147,10 @@ def neurons_per_token(layer: nn.Module) -> int:
     return layer.neurons_per_token if isinstance(layer, LeafFeedForward) else layer.trees * (layer.depth + 1)
 
 
-def standardized(dense: DenseWeights, x: Tensor, activation: str) -> DenseWeights:
-    """The same layer with outputs of mean 0 and variance 1 over the rows x (N, H), in every dimension.
+def output_moments(dense: DenseWeights, x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a layer's outputs over the rows x (N, H), in every dimension: (H_out,) float64.
 
-    A dimension that does not vary is only centred.
+    The deviation of a dimension that does not vary is 1.
     """
     total = torch.zeros(dense.weight_out.shape[0], dtype=torch.float64)
     squares = total.clone()
@@ -160,10 +160,22 @@ def standardized(dense: DenseWeights, x: Tensor, activation: str) -> DenseWeight
         squares += y.square().sum(0)
     mean = total / len(x)
     variance = squares / len(x) - mean.square()
-    std = torch.where(variance > 1e-12 * squares / len(x), variance, 1.0).sqrt()
+    return mean, torch.where(variance > 1e-12 * squares / len(x), variance, 1.0).sqrt()
+
+
+def rescaled(dense: DenseWeights, mean: Tensor, std: Tensor) -> DenseWeights:
+    """The layer whose outputs are (y - mean) / std, in every dimension: mean and std (H_out,)."""
     bias = 0.0 if dense.bias_out is None else dense.bias_out.double()
     weight_out = (dense.weight_out.double() / std.unsqueeze(1)).to(dense.weight_out)
-    return dense._replace(weight_out=weight_out, bias_out=((bias - mean) / std).to(x))
+    return dense._replace(weight_out=weight_out, bias_out=((bias - mean) / std).to(dense.weight_out))
+
+
+def standardized(dense: DenseWeights, x: Tensor, activation: str) -> DenseWeights:
+    """The same layer with outputs of mean 0 and variance 1 over the rows x (N, H), in every dimension.
+
+    A dimension that does not vary is only centred.
+    """
+    return rescaled(dense, *output_moments(dense, x, activation))
 
 
 @torch.no_grad()

@@ -1,0 +1,80 @@
+"""How fast a distilled model is beside the one that it was made from."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+
+from fastbert_hf.benchmarks.timing import interleaved
+from fastbert_hf.training.distillation.student import encoder_of, student_of
+from fastbert_hf.training.distillation.teacher import Teacher
+
+CASES = ((1, 16), (1, 128), (32, 64))  # texts x tokens
+WIDTHS = (512, 384, 256, 192, 128, 96, 64, 48, 32, 16, 8, 4, 2, 1)  # leaf widths, the best one first
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread of torch inside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def original_encoder(teacher: Teacher) -> PreTrainedModel:
+    """The encoder as Transformers runs it."""
+    return AutoModel.from_pretrained(teacher.folder).eval()
+
+
+@torch.no_grad()
+def speed(models: dict[str, nn.Module], case: tuple[int, int], rounds: int = 7) -> dict[str, float]:
+    """Milliseconds of a call of each encoder on so many texts of so many tokens, one thread; medians, in turns."""
+    texts, tokens = case
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = min(model.config.vocab_size for model in models.values())
+    batch = {"input_ids": torch.randint(min(1000, vocabulary - 1), vocabulary, case, generator=generator)}
+    batch["attention_mask"] = torch.ones(texts, tokens, dtype=torch.int64)
+    with one_thread(), torch.inference_mode():
+        calls = {name: (lambda model=model: model(**batch)) for name, model in models.items()}
+        timings = interleaved(calls, rounds=rounds)
+    return {name: 1000 * timing.median for name, timing in timings.items()}
+
+
+def speed_rows(student: PreTrainedModel, teacher: Teacher) -> list[dict[str, Any]]:
+    """Milliseconds of the original and of the student in each of `CASES`."""
+    models = {"teacher": original_encoder(teacher), "student": encoder_of(student).eval()}
+    rows = []
+    for case in CASES:
+        if case[1] <= teacher.max_seq_length:
+            found = speed(models, case)
+            row = {"case": f"{case[0]} x {case[1]}"}
+            rows.append(row | {f"{name}_ms": round(value, 3) for name, value in found.items()})
+    return rows
+
+
+def form_for_speed(teacher: Teacher, wanted: float, depth: int, trees: int) -> str:
+    """The widest leaves with which a model is so many times as fast as the teacher, at 1 x 128 tokens.
+
+    Every candidate is measured on this machine, with random leaves: speed does not depend on what they hold.
+
+    Raises:
+        ValueError: not even the narrowest leaves are that fast.
+    """
+    case = (1, min(128, teacher.max_seq_length))
+    original = original_encoder(teacher)
+    reached = 0.0
+    for width in WIDTHS:
+        form = f"leaf:{trees}x{depth}x{width}"
+        student = encoder_of(student_of(teacher.model, form).model)
+        found = speed({"teacher": original, "student": student}, case, rounds=5)
+        reached = found["teacher"] / found["student"]
+        if reached >= wanted:
+            print(f"leaves of {width} neurons: {reached:.2f} times the speed of the original", flush=True)
+            return form
+    raise ValueError(f"speed is {wanted:g}; the narrowest leaves reach {reached:.2f} times the speed of the original")

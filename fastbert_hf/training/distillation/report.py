@@ -1,0 +1,69 @@
+"""distillation.md: what a distilled model kept, what it gained, and what was not tested."""
+
+from collections.abc import Mapping
+from typing import Any
+
+NOT_TESTED = (
+    "Other text than that named above, other languages, social bias, and tasks that are not in the table of scores. "
+    "A score that hardly moves may hide what the hidden-state error shows: the student differs from its teacher by "
+    "that much."
+)
+
+
+def render_report(summary: Mapping[str, Any]) -> str:
+    """The page.
+
+    Args:
+        summary: of `distill`, with `scores` ({file: {"teacher", "fitted", "student"}}) and `speed` (a list of
+            {"case", "teacher_ms", "student_ms"}) beside it where they were measured.
+    """
+    lines = [
+        f"# Distilled from {summary['model']}",
+        "",
+        f"Feed-forward layers: {summary['form']}. A token uses {summary['neurons_per_token']:,} of "
+        f"{summary['neurons_per_layer']:,} neurons of a layer.",
+        "",
+        "## What was kept",
+        "",
+    ]
+    if summary.get("scores"):
+        lines += ["| score on | teacher | after fitting the layers | this model |", "|---|---|---|---|"]
+        for file, row in summary["scores"].items():
+            lines.append(f"| {file} | {row['teacher']:.4f} | {row['fitted']:.4f} | {row['student']:.4f} |")
+        lines += ["", "Rank correlation for embedders and regression, share of right answers for classifiers.", ""]
+    lines += ["| on held-out text | after fitting the layers | this model |", "|---|---|---|"]
+    names = {"hidden_error": "hidden-state error, last layer", "cosine_distance": "1 - cosine of the embeddings"}
+    names |= {"similarity_error": "squared error of similarities", "divergence": "divergence of the head, nats"}
+    names |= {"score_error": "squared error of the score"}
+    for name, words in names.items():
+        if f"eval_{name}" in summary:
+            lines.append(f"| {words} | {summary[f'fitted_{name}']:.4f} | {summary[f'eval_{name}']:.4f} |")
+    lines += ["", "The error is a share of the teacher's variance: 0 is the teacher, 1 a constant.", ""]
+    lines += ["| layer | hidden-state error |", "|---|---|"]
+    lines += [f"| {number} | {error:.4f} |" for number, error in enumerate(summary["eval_hidden_error_by_layer"])]
+    if summary.get("speed"):
+        lines += ["", "## Speed", "", "| texts x tokens | teacher, ms | this model, ms | |", "|---|---|---|---|"]
+        for row in summary["speed"]:
+            ratio = row["teacher_ms"] / row["student_ms"]
+            lines.append(
+                f"| {row['case']} | {row['teacher_ms']:.2f} | {row['student_ms']:.2f} | {ratio:.2f} times the speed |"
+            )
+        lines += ["", f"One thread, float32, medians of interleaved runs on {summary['machine']}."]
+    lines += ["", "## Leaves", ""]
+    if summary["largest_leaf_share"] is None:
+        lines.append("This model has no leaf trees.")
+    else:
+        lines.append(
+            f"{summary['dead_leaves']} leaves were not reached by any held-out token; the fullest one took "
+            f"{summary['largest_leaf_share']:.1%} of them."
+        )
+    lines += ["", "## How", ""]
+    lines.append(
+        f"{summary['fit_seconds']:.0f} s to fit the layers, {summary['train_seconds']:.0f} s and "
+        f"{summary['steps']:,} steps end to end; {summary['texts']:,} texts, {summary['tokens_seen']:,} tokens seen; "
+        f"seed {summary['seed']}, learning rate {summary['learning_rate']:g}."
+    )
+    lines += ["", "| text | SHA-256 | licence |", "|---|---|---|"]
+    lines += [f"| {source['name']} | {source['sha256'][:16]} | not stated |" for source in summary["sources"]]
+    lines += ["", "## Not tested", "", NOT_TESTED, ""]
+    return "\n".join(lines)

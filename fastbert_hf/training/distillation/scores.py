@@ -1,0 +1,123 @@
+"""Scores of a teacher and of its student on the user's labelled data."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastbert_hf.data.readers import read_rows
+from fastbert_hf.modeling_fastbert import FastBertForSequenceClassification, FastBertPreTrainedModel
+from fastbert_hf.training.distillation.student import encoder_of
+from fastbert_hf.training.distillation.teacher import Teacher
+from fastbert_hf.training.distillation.texts import LABELS, as_device
+
+SCORES = ("label", "score", "labels")
+BATCH = 64
+
+
+def labelled_rows(file: str) -> tuple[list[tuple[str, ...]], list[Any]]:
+    """The texts of each row, one or two, and its label: column `label`, `labels` or `score`.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    rows = read_rows(file)
+    label = next((name for name in SCORES if name in rows[0]), None)
+    texts = [name for name, value in rows[0].items() if isinstance(value, str) and name not in LABELS]
+    if label is None or len(texts) not in (1, 2):
+        raise ValueError(
+            f"{file!r} has columns {', '.join(map(repr, rows[0]))}; expected one or two of text and one of "
+            f"{', '.join(SCORES)}"
+        )
+    return [tuple(row[name] for name in texts) for row in rows], [row[label] for row in rows]
+
+
+def check_labelled(file: str, teacher: Teacher) -> None:
+    """Check, before the work, that a file can be scored with a model.
+
+    Raises:
+        ValueError: a column is missing, or the model has nothing that such a file measures.
+    """
+    texts, labels = labelled_rows(file)
+    if teacher.embed is not None:
+        if len(texts[0]) != 2:
+            raise ValueError(f"{file!r} has one text a row; expected pairs, whose similarity is scored")
+        _numbers(labels, file)
+    elif isinstance(teacher.model, FastBertForSequenceClassification):
+        _classes(labels, teacher.model, file)
+    else:
+        raise ValueError(
+            f"a {type(teacher.model).__name__} has no score on {file!r}; expected a sentence embedder or a classifier"
+        )
+
+
+@torch.no_grad()
+def score(model: FastBertPreTrainedModel, teacher: Teacher, file: str, length: int) -> float:
+    """Score a model on a labelled file.
+
+    Sentence embedders: Spearman's rank correlation of cosine similarity and label. Classifiers: the share of right
+    answers; with one output, Spearman's correlation of output and label.
+
+    Args:
+        model: the teacher's or the student's. teacher: brings tokenizer and embedding.
+        length: longer texts are cut to so many tokens.
+    """
+    from scipy.stats import spearmanr
+
+    texts, labels = labelled_rows(file)
+    model.eval()
+    if teacher.embed is not None:
+        sides = [_embeddings(model, teacher, [pair[side] for pair in texts], length) for side in (0, 1)]
+        similarity = nn.functional.cosine_similarity(*sides)
+        return float(spearmanr(similarity.numpy(), _numbers(labels, file))[0])
+    device = next(model.parameters()).device
+    logits = []
+    for start in range(0, len(texts), BATCH):
+        columns = [list(column) for column in zip(*texts[start : start + BATCH])]
+        batch = teacher.tokenizer(*columns, truncation=True, max_length=length, padding=True, return_tensors="pt")
+        logits.append(model(**as_device(batch, device)).logits.float().cpu())
+    logits = torch.cat(logits)
+    if model.config.num_labels == 1:
+        return float(spearmanr(logits[:, 0].numpy(), _numbers(labels, file))[0])
+    return (logits.argmax(-1) == torch.tensor(_classes(labels, model, file))).double().mean().item()
+
+
+def _embeddings(model: nn.Module, teacher: Teacher, texts: Sequence[str], length: int) -> torch.Tensor:
+    device = next(model.parameters()).device
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    found = [None] * len(texts)
+    for start in range(0, len(order), BATCH):
+        rows = order[start : start + BATCH]
+        batch = teacher.tokenizer(
+            [texts[row] for row in rows], truncation=True, max_length=length, padding=True, return_tensors="pt"
+        )
+        batch = as_device(batch, device)
+        hidden = encoder_of(model)(**batch).last_hidden_state
+        for row, embedding in zip(rows, teacher.embed(hidden, batch["attention_mask"]).float().cpu()):
+            found[row] = embedding
+    return torch.stack(found)
+
+
+def _numbers(labels: Sequence[Any], file: str) -> list[float]:
+    try:
+        values = [float(label) for label in labels]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file!r} has a label that is not a number: {error}") from error
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"{file!r} has a label that is not finite")
+    return values
+
+
+def _classes(labels: Sequence[Any], model: nn.Module, file: str) -> list[int]:
+    """Class ids of labels that are ids or names."""
+    if model.config.num_labels == 1:
+        return [0 for _ in _numbers(labels, file)]
+    names = {str(name): number for number, name in model.config.id2label.items()}
+    names |= {str(number): number for number in model.config.id2label}
+    unknown = sorted({str(label) for label in labels} - names.keys())
+    if unknown:
+        raise ValueError(f"{Path(file).name!r} has the label {unknown[0]!r}; expected one of {', '.join(names)}")
+    return [names[str(label)] for label in labels]

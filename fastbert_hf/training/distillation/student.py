@@ -1,0 +1,127 @@
+"""Students: a teacher with other feed-forward layers, or with fewer layers; its other weights are taken over."""
+
+import copy
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastbert_hf.configuration_fastbert import FastBertConfig
+from fastbert_hf.encoder_fastbert import FastBertAttention, FastBertDenseFeedForward
+from fastbert_hf.modeling_fastbert import FastBertModel, FastBertPreTrainedModel
+from fastbert_hf.training.distillation.layer_fit import check_form
+
+LAYERS = r"layers:(\d+)"
+
+
+@dataclass(frozen=True)
+class Student:
+    """A model that learns from a teacher.
+
+    Attributes:
+        model: in training precision, on the CPU.
+        teacher_layers: for each of its layers, the layer of the teacher that it follows.
+    """
+
+    model: FastBertPreTrainedModel
+    teacher_layers: list[int]
+
+    @property
+    def encoder(self) -> FastBertModel:
+        """The model without its head."""
+        return encoder_of(self.model)
+
+
+def encoder_of(model: FastBertPreTrainedModel) -> FastBertModel:
+    """The encoder of a model with a head; the model itself where it has none."""
+    return getattr(model, "fastbert", model)
+
+
+def check_student_form(form: str) -> None:
+    """Raise ValueError unless `student_of` knows the form."""
+    match = re.fullmatch(LAYERS, form)
+    if match is None:
+        if form.startswith("flat:"):
+            raise ValueError(f"a model has no layers of the form {form!r}; it is a control of fit-layers alone")
+        check_form(form)
+
+
+def form_fields(form: str) -> dict[str, object]:
+    """The fields of FastBertConfig that a form of feed-forward layer stands for."""
+    kind, _, sizes = form.partition(":")
+    numbers = [int(size) for size in sizes.split("x")]
+    if kind == "dense":
+        return {"ffn_type": "dense", "intermediate_size": numbers[0], "dense_gated": False}
+    if kind == "tree":
+        trees, depth = numbers
+        return {"ffn_type": "fff", "fff_trees": trees, "fff_depth": depth, "fff_leaf_width": None}
+    trees, depth, width = numbers if len(numbers) == 3 else (1, *numbers)
+    return {"ffn_type": "fff", "fff_trees": trees, "fff_depth": depth, "fff_leaf_width": width}
+
+
+def form_of(fff_trees: int, fff_depth: int, fff_leaf_width: int) -> str:
+    """The form of leaf trees of these sizes."""
+    return f"leaf:{fff_trees}x{fff_depth}x{fff_leaf_width}"
+
+
+def student_of(teacher: FastBertPreTrainedModel, form: str) -> Student:
+    """A student with the teacher's weights wherever both have the same part.
+
+    Args:
+        teacher: dense.
+        form: "leaf:DxW", "leaf:PxDxW", "tree:PxD" or "dense:F", whose feed-forward layers begin at random; or
+            "layers:N": N of the teacher's layers, evenly spaced, the last one among them.
+
+    Raises:
+        ValueError: an unknown form; more layers than the teacher has.
+    """
+    check_student_form(form)
+    config: FastBertConfig = copy.deepcopy(teacher.config)
+    count = config.num_hidden_layers
+    kept = list(range(count))
+    match = re.fullmatch(LAYERS, form)
+    if match is None:
+        for name, value in form_fields(form).items():
+            setattr(config, name, value)
+    else:
+        config.num_hidden_layers = int(match.group(1))
+        if not 1 <= config.num_hidden_layers <= count:
+            raise ValueError(f"{form!r} asks for {match.group(1)} layers; expected 1 to {count}")
+        kept = [round((i + 1) * count / config.num_hidden_layers) - 1 for i in range(config.num_hidden_layers)]
+    model = type(teacher)(config)
+    weights = {}
+    for name, value in teacher.state_dict().items():
+        layer = re.fullmatch(r"(.*\blayers\.)(\d+)(\..+)", name)
+        if layer is None:
+            weights[name] = value
+        elif match is not None or not layer[3].startswith(".ffn."):
+            numbers = [number for number, source in enumerate(kept) if source == int(layer[2])]
+            weights |= {f"{layer[1]}{number}{layer[3]}": value for number in numbers}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    wrong = [name for name in missing if ".ffn." not in name] + unexpected
+    if wrong:
+        raise AssertionError(f"the student does not fit its teacher: {', '.join(wrong)}")
+    return Student(model.eval(), kept)
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The model with all dropout switched off; its configuration keeps the values."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, FastBertAttention):
+            module.dropout = 0.0
+    return model
+
+
+def dense_feed_forward(encoder: FastBertModel) -> list[FastBertDenseFeedForward]:
+    """The dense feed-forward layers of an encoder.
+
+    Raises:
+        ValueError: a layer that is not dense, or gated.
+    """
+    layers = [layer.ffn for layer in encoder.layers]
+    for number, layer in enumerate(layers):
+        if not isinstance(layer, FastBertDenseFeedForward) or layer.gated:
+            raise ValueError(f"feed-forward layer {number} of the model is not a plain dense one; nothing to convert")
+    return layers

@@ -1,0 +1,112 @@
+"""The start of a student: each feed-forward layer fitted to the one of the teacher that it replaces.
+
+The layers are independent of each other: each sees what reaches its place in the teacher.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastbert_hf.files import staged_folder
+from fastbert_hf.leaf_layer import LeafFeedForward
+from fastbert_hf.modeling_fastbert import FastBertModel
+from fastbert_hf.training.distillation.activations import sample_inputs_of_all
+from fastbert_hf.training.distillation.layer_fit import (
+    FitSettings,
+    fit_layer,
+    make_layer,
+    output_moments,
+    outputs_of,
+    rescaled,
+    unexplained,
+)
+from fastbert_hf.training.distillation.start_from_data import DenseWeights
+from fastbert_hf.training.distillation.student import dense_feed_forward
+
+MEASURED_ROWS = 16384  # of the rows that were fitted
+
+
+def fit_student(
+    student: FastBertModel,
+    teacher: FastBertModel,
+    form: str,
+    batches: Iterable[Mapping[str, Tensor]],
+    folder: str | Path,
+    settings: FitSettings,
+    *,
+    max_rows: int = 100_000,
+    report: Callable[[int, float, float], None] = lambda layer, unexplained, seconds: None,
+) -> None:
+    """Fit every feed-forward layer of a student. Layers that are done stand in the folder and are not done again.
+
+    The error counts every output dimension by its standard deviation: of the raw variance, a few dimensions of a
+    trained model hold nearly all.
+
+    Args:
+        student: gets the fitted weights. teacher: dense; both encoders have the same number of layers.
+        form: of the student's layers, as `make_layer` takes it.
+        batches: text, gone through once; not at all where every layer is done.
+        folder: for the layers, and for max_rows * H * 4 bytes of each layer's inputs while it works.
+        settings: of each fit.
+        max_rows: tokens to fit on.
+        report: called after each layer with its number, the unexplained part of the variance, and its seconds.
+
+    Raises:
+        ValueError: a fit that diverges; no text.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    targets = dense_feed_forward(teacher)
+    done = [folder / f"layer-{number}.safetensors" for number in range(len(targets))]
+    inputs = folder / "inputs"
+    if not all(file.is_file() for file in done):
+        inputs.mkdir(exist_ok=True)
+        paths = [inputs / f"layer-{number}.f32" for number in range(len(targets))]
+        rows = sample_inputs_of_all(teacher, targets, batches, paths, max_rows=max_rows, seed=settings.seed)
+        for number, (module, file) in enumerate(zip(targets, done)):
+            if file.is_file():
+                continue
+            began = time.perf_counter()
+            dense = DenseWeights.of(module.dense_in, module.dense_out)
+            layer, error = fitted(form, dense, torch.from_numpy(rows[number]), teacher.config.hidden_act, settings)
+            with staged_folder(folder, last=file.name) as stage:
+                save_file(layer.state_dict(), stage / file.name)
+            report(number, error, time.perf_counter() - began)
+        shutil.rmtree(inputs)
+    for layer, file in zip(student.layers, done):
+        layer.ffn.load_state_dict(load_file(file))
+
+
+def fitted(
+    form: str, dense: DenseWeights, x: Tensor, activation: str, settings: FitSettings
+) -> tuple[nn.Module, float]:
+    """A layer fitted to a dense layer, and the part of its variance that it leaves unexplained, on the same rows.
+
+    Args:
+        form: as `make_layer` takes it. dense: what is replaced. x: (N, H) rows of its input.
+    """
+    _, std = output_moments(dense, x, activation)
+    scaled = rescaled(dense, torch.zeros_like(std), std)
+    targets = outputs_of(scaled, x, activation)
+    layer = make_layer(form, scaled, x, activation, settings.seed)
+    fit_layer(layer, x, targets, settings)
+    error = unexplained(layer, x[:MEASURED_ROWS], targets[:MEASURED_ROWS])
+    scale_outputs(layer, std)
+    return layer, error
+
+
+@torch.no_grad()
+def scale_outputs(layer: nn.Module, factors: Tensor) -> None:
+    """Multiply what a layer puts out, dimension by dimension: factors (H_out,)."""
+    if hasattr(layer, "dense_out"):
+        outputs = (layer.dense_out.weight.T, layer.dense_out.bias)
+    else:
+        outputs = (layer.weight_out, layer.bias_out if isinstance(layer, LeafFeedForward) else None)
+    for output in outputs:
+        if output is not None:
+            output *= factors.to(output)

@@ -1,0 +1,144 @@
+"""Teachers: a BERT, RoBERTa, DistilBERT or dense FastBERT, with what turns it into a sentence embedder."""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+import fastbert_hf
+from fastbert_hf.configuration_fastbert import FastBertConfig
+from fastbert_hf.data.tokenizer import load_tokenizer
+from fastbert_hf.extras import require_extra
+from fastbert_hf.modeling_fastbert import FastBertModel, FastBertPreTrainedModel
+from fastbert_hf.training.distillation.objective import Embed
+from fastbert_hf.training.distillation.student import dense_feed_forward, encoder_of
+
+MODULES = "modules.json"
+# files of sentence-transformers beside modules.json and the folders that it names
+EMBEDDER_FILES = (MODULES, "sentence_bert_config.json", "config_sentence_transformers.json")
+HEADS = {"ForPreTraining": "ForMaskedLM", "LMHeadModel": "ForMaskedLM"}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What a student learns from.
+
+    Attributes:
+        folder: where its files are. model: as a dense FastBERT. tokenizer: its own.
+        embed: for sentence embedders, from the last hidden states and the mask to embeddings; otherwise None.
+        max_seq_length: tokens of the longest text that it is meant for.
+    """
+
+    folder: Path
+    model: FastBertPreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    embed: Embed | None
+    max_seq_length: int
+
+    @property
+    def encoder(self) -> FastBertModel:
+        """The model without its head."""
+        return encoder_of(self.model)
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model; one on the Hub is downloaded first, without weights in other formats than safetensors.
+
+    Raises:
+        ValueError: neither a folder nor a repository that can be reached.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    patterns = ["*.json", "*.txt", "*.model", "*.safetensors", "*/config.json", "README.md"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["onnx/*", "openvino/*"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"no model folder {name!r}, and none on the Hub: {reason}") from error
+
+
+def load_teacher(name: str) -> Teacher:
+    """Load a model as a dense FastBERT, with the head that its configuration names.
+
+    Args:
+        name: folder or Hub name. A folder with modules.json is a model of sentence-transformers.
+
+    Raises:
+        ValueError: no such model, a form of model or head that FastBERT does not have, feed-forward layers that are
+            not plain dense ones, no tokenizer.
+        MissingExtraError: a sentence embedder, without sentence-transformers.
+    """
+    folder = model_folder(name)
+    is_embedder = (folder / MODULES).is_file()
+    if is_embedder:
+        require_extra("embedding")
+        first = json.loads((folder / MODULES).read_text(encoding="utf-8"))[0].get("path", "")
+        if first:
+            raise ValueError(f"the transformer of {name!r} lies in its folder {first!r}; expected it in the main one")
+    try:
+        config = FastBertConfig.from_pretrained(folder)
+        model = model_class(config, is_embedder).from_pretrained(folder, config=config)
+    except OSError as error:
+        raise ValueError(f"no model can be loaded from {name!r}: {str(error).strip().splitlines()[0]}") from error
+    dense_feed_forward(encoder_of(model))
+    tokenizer = load_tokenizer(folder)
+    embed, longest = None, config.max_position_embeddings
+    if is_embedder:
+        embed, longest = _embedding_of(folder)
+    return Teacher(folder, model.eval(), tokenizer, embed, min(longest or 512, tokenizer.model_max_length))
+
+
+def model_class(config: FastBertConfig, is_embedder: bool = False) -> type[FastBertPreTrainedModel]:
+    """The class for the head that a configuration names; the encoder alone for embedders and where none is named.
+
+    Raises:
+        ValueError: a head that cannot be distilled.
+    """
+    name = (config.architectures or [""])[0]
+    head = re.search(r"(For[A-Z]\w+|LMHeadModel)$", name)
+    if is_embedder or head is None:
+        return FastBertModel
+    found = getattr(fastbert_hf, f"FastBert{HEADS.get(head[1], head[1])}", None)
+    if found is None or found is fastbert_hf.FastBertForMultipleChoice:
+        raise ValueError(
+            f"the model is a {name}, whose head cannot be distilled; its encoder can, once it is saved "
+            "without the head"
+        )
+    return found
+
+
+def _embedding_of(folder: Path) -> tuple[Embed, int]:
+    """What a model of sentence-transformers does with hidden states, and its longest text in tokens."""
+    from sentence_transformers import SentenceTransformer
+
+    embedder = SentenceTransformer(str(folder), device="cpu")
+    modules = nn.ModuleList(list(embedder)[1:])
+
+    def embed(hidden: Tensor, mask: Tensor) -> Tensor:
+        modules.to(hidden.device)
+        features = {"token_embeddings": hidden, "attention_mask": mask}
+        for module in modules:
+            features = module(features)
+        return features["sentence_embedding"]
+
+    modules.eval().requires_grad_(False)
+    return embed, embedder.max_seq_length
+
+
+def copy_embedder(source: Path, target: Path) -> None:
+    """Copy what makes a folder a model of sentence-transformers: pooling, normalisation, prompts, longest text."""
+    if not (source / MODULES).is_file():
+        return
+    for name in EMBEDDER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    for module in json.loads((source / MODULES).read_text(encoding="utf-8")):
+        path = module.get("path", "")
+        if path:
+            shutil.copytree(source / path, target / path, dirs_exist_ok=True)

@@ -1,0 +1,149 @@
+"""Text for distillation: read from the user's files, tokenized once, served in batches of texts of like length."""
+
+import itertools
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from fastbert_hf.data.readers import TABLE_SUFFIXES, check_corpus_files, read_documents, read_rows
+
+BATCH = 32  # texts that a model reads at a time where nothing else is said
+LABELS = ("label", "labels", "score", "idx", "id")  # columns of tables that are not text
+KEPT = ("input_ids", "attention_mask", "token_type_ids")
+
+Text = str | tuple[str, str]
+
+
+def check_text_files(files: Iterable[str]) -> None:
+    """Check that every file exists and has a known type.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    for file in files:
+        if Path(file).suffix not in TABLE_SUFFIXES:
+            check_corpus_files([file])
+        elif not Path(file).is_file():
+            raise ValueError(f"data file {file!r} does not exist")
+
+
+def read_texts(files: Sequence[str], count: int, draw: random.Random, pairs: bool = False) -> list[Text]:
+    """Texts of several files: of each, `count` at random (of a text file, among its first 20 * count lines).
+
+    Args:
+        files: tables, of which every string is a text, and text files with one text a line.
+        count: for each file, at most.
+        draw: what chooses.
+        pairs: a row of a table that has two texts is one text, a pair.
+    """
+    texts: list[Text] = []
+    for file in files:
+        if Path(file).suffix in TABLE_SUFFIXES:
+            found = list(itertools.chain.from_iterable(_row_texts(row, pairs) for row in read_rows(file)))
+        else:
+            found = list(itertools.islice(read_documents([file]), 20 * count))
+        texts += draw.sample(found, min(count, len(found)))
+    return texts
+
+
+def _row_texts(row: dict, pairs: bool) -> list[Text]:
+    values = [value for name, value in row.items() if isinstance(value, str) and value and name not in LABELS]
+    return [tuple(values)] if pairs and len(values) == 2 else values
+
+
+def tokenized(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Iterable[dict]:
+    """Batches of texts of like length: `input_ids` and `attention_mask` (B, T)."""
+    texts = sorted(texts, key=len)
+    for start in range(0, len(texts), BATCH):
+        part = texts[start : start + BATCH]
+        yield tokenizer(part, truncation=True, max_length=max_seq_length, padding=True, return_tensors="pt")
+
+
+class TextBatches(Dataset):
+    """Tokenized texts in batches of like length, in an order that a seed decides.
+
+    Args:
+        texts: texts, or pairs of texts.
+        tokenizer: what makes ids of them.
+        max_seq_length: longer texts are cut.
+        batch_size: texts a batch; what is left over in the end is not used.
+        seed: for the batches' composition and order.
+
+    Raises:
+        ValueError: fewer texts than one batch.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[Text],
+        tokenizer: PreTrainedTokenizerBase,
+        max_seq_length: int,
+        batch_size: int,
+        seed: int = 0,
+    ):
+        if len(texts) < batch_size:
+            raise ValueError(
+                f"the text holds {len(texts)} different texts; expected at least one batch, {batch_size}: give more "
+                "text, or a smaller batch_size"
+            )
+        self.tokenizer = tokenizer
+        self._names = [name for name in KEPT if name in tokenizer.model_input_names and name != "attention_mask"]
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in self._names}
+        lengths = []
+        for start in range(0, len(texts), 1000):
+            some = texts[start : start + 1000]
+            encoded = _encode(tokenizer, some, max_seq_length)
+            lengths += map(len, encoded["input_ids"])
+            for name in self._names:  # few bytes an id: lists of Python's integers are ten times as large
+                parts[name].append(np.fromiter(itertools.chain.from_iterable(encoded[name]), dtype=np.int32))
+        self._flat = {name: np.concatenate(part) for name, part in parts.items()}
+        self._ends = np.cumsum(lengths)
+        draw = np.random.default_rng(seed)
+        order = draw.permutation(len(texts))
+        order = order[np.argsort(np.asarray(lengths)[order], kind="stable")]
+        count = len(texts) // batch_size
+        left_out = len(texts) - count * batch_size
+        order = np.delete(order, draw.choice(len(texts), left_out, replace=False))
+        self._batches = order.reshape(count, batch_size)[draw.permutation(count)]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """A batch: input_ids, attention_mask and, where the tokenizer makes them, token_type_ids, (B, T) int64."""
+        rows = [slice(self._ends[i - 1] if i else 0, self._ends[i]) for i in self._batches[index]]
+        encoded = {name: [flat[row].tolist() for row in rows] for name, flat in self._flat.items()}
+        return dict(self.tokenizer.pad(encoded, return_tensors="pt"))
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_seq_length: int) -> dict:
+    firsts = [text if isinstance(text, str) else text[0] for text in texts]
+    options = {"truncation": True, "max_length": max_seq_length}
+    if all(isinstance(text, str) for text in texts):
+        return tokenizer(firsts, **options)
+    singles = [tokenizer(*((text,) if isinstance(text, str) else text), **options) for text in texts]
+    return {name: [single[name] for single in singles] for name in singles[0]}
+
+
+def first_item(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The collator of data whose items are batches already."""
+    return items[0]
+
+
+def split_texts(texts: Iterable[Text], held_out: int, draw: random.Random) -> tuple[list[Text], list[Text]]:
+    """Different texts, shuffled: those to train on, and at most `held_out` (and a tenth) others."""
+    different = list(dict.fromkeys(text for text in texts if "".join(text).strip()))
+    draw.shuffle(different)
+    count = min(held_out, len(different) // 10)
+    return different[count:], different[:count]
+
+
+def as_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The batch on a device."""
+    return {name: value.to(device) for name, value in batch.items()}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastbert_hf import bert_layouts
 from fastbert_hf.data.readers import TABLE_SUFFIXES, check_corpus_files, read_documents, read_rows
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.encoder_fastbert import FastBertDenseFeedForward
@@ -35,8 +36,7 @@ from fastbert_hf.training.distillation.start_from_data import DenseWeights
 from fastbert_hf.training.leaf_balance import check_balance
 
 BATCH = 32  # texts that the model reads at a time
-ACTIVATION_NAMES = {name: name for name in ACTIVATIONS}
-ACTIVATION_NAMES |= {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
+ACTIVATION_NAMES = {name: name for name in ACTIVATIONS} | bert_layouts.ACTIVATION_NAMES
 COUNTS = ("texts_per_file", "other_texts_per_file", "max_seq_length", "max_rows", "steps", "rows_per_step")
 RESULTS, TABLE = "layer-fit.json", "layer-fit.md"
 

@@ -13,7 +13,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from fastbert_hf import published_layout
+from fastbert_hf import bert_layouts, published_layout  # noqa: F401  importing registers them
 from fastbert_hf.configuration_fastbert import FastBertConfig
 from fastbert_hf.fff_layer import FastFeedForward
 from fastbert_hf.fff_op import fff, use_backend

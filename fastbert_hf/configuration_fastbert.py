@@ -74,7 +74,10 @@ class FastBertConfig(PreTrainedConfig):
         vocab_size: entries V of the word embedding.
         hidden_size: width H of the residual stream; a multiple of num_attention_heads.
         num_hidden_layers, num_attention_heads: L and the heads of each layer.
-        max_position_embeddings: longest sequence, in tokens.
+        max_position_embeddings: rows of the position table; the longest sequence, in tokens, where all are counted.
+        position_numbering: the positions of tokens without position_ids. "all": 0..T-1. "non_padding", as in RoBERTa:
+            tokens other than pad_token_id are counted from pad_token_id + 1, and padding has position pad_token_id.
+            Sequences, padding included, then have at most max_position_embeddings - pad_token_id - 1 tokens.
         ffn_type: "fff" (trees) or "dense" (a plain feed-forward block, the baseline).
         fff_depth: depth D of a tree; it has 2^(D+1) - 1 neurons and a token uses D + 1 of them.
         fff_leaf_width: None for trees of single neurons, the published form, where every node that a token visits
@@ -91,6 +94,7 @@ class FastBertConfig(PreTrainedConfig):
         type_vocab_size: token types; 0 means none, and token_type_ids are then accepted and ignored.
         use_bias: biases in attention projections, dense blocks and the MLM transform.
         mlm_head_transform: dense layer, activation and norm before the decoder. decoder_bias: its bias.
+        mlm_head_act: activation of the transform; None means hidden_act.
         sparse_prediction: 0 decodes every position. Above 0, training decodes labelled positions only: the loss is
             the same, the logits are (labelled positions, V). Compiled models then decode round(share * B * T)
             positions of every batch and refuse more labels, so the value must be the largest share of labels in any
@@ -98,6 +102,7 @@ class FastBertConfig(PreTrainedConfig):
             Transformers' collator masks a random number: leave it 0, or well above mlm_probability.
         classifier_pooling: "cls", "mean" (padding excluded), "mean_all" (padding included), "max" or "lse"
             (maximum and logsumexp over all positions).
+        classifier_activation: "tanh" or, as in DistilBERT, "relu", between pooling and classifier.
         classifier_head_dim: width of the dense layer between pooling and classifier; None leaves it out.
         hidden_dropout_prob, attention_probs_dropout_prob, classifier_dropout: dropout probabilities.
         embedding_dropout_prob: dropout after the embedding; None means hidden_dropout_prob.
@@ -119,6 +124,7 @@ class FastBertConfig(PreTrainedConfig):
     num_hidden_layers: int = 16
     num_attention_heads: int = 12
     max_position_embeddings: int = 128
+    position_numbering: Literal["all", "non_padding"] = "all"
     ffn_type: Literal["fff", "dense"] = "fff"
     fff_depth: int = 11
     fff_leaf_width: int | None = None
@@ -135,10 +141,12 @@ class FastBertConfig(PreTrainedConfig):
     type_vocab_size: int = 0
     use_bias: bool = False
     mlm_head_transform: bool = False
+    mlm_head_act: Literal["gelu", "gelu_tanh", "relu", "silu"] | None = None
     decoder_bias: bool = False
     sparse_prediction: float | int = 0.0
     classifier_pooling: Literal["cls", "mean", "mean_all", "max", "lse"] = "cls"
     classifier_head_dim: int | None = 1024
+    classifier_activation: Literal["tanh", "relu"] = "tanh"
     hidden_dropout_prob: float | int = 0.1
     attention_probs_dropout_prob: float | int = 0.1
     embedding_dropout_prob: float | int | None = None
@@ -177,14 +185,39 @@ class FastBertConfig(PreTrainedConfig):
         Raises:
             ValueError: the dictionary is of another model type; see the class for the rest.
         """
+        cls._check_spelling(kwargs, stored=False)
+        return super().from_dict(cls._translated(config_dict), **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in PreTrainedConfig, in our own layout: it warns of files of another model type.
+
+        Raises:
+            ValueError: the file is of another model type.
+        """
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        return cls._translated(config_dict), kwargs
+
+    @classmethod
+    def _translated(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        """The dictionary in our own layout."""
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type in cls.foreign_layouts:
-            config_dict = {"model_type": cls.model_type, **cls.foreign_layouts[model_type](config_dict)}
-        elif model_type != cls.model_type:
+            return {"model_type": cls.model_type, **cls.foreign_layouts[model_type](config_dict)}
+        if model_type != cls.model_type:
             expected = " or ".join(map(repr, (cls.model_type, *cls.foreign_layouts)))
             raise ValueError(f"the configuration is of model_type {model_type!r}; expected {expected}")
-        cls._check_spelling(kwargs, stored=False)
-        return super().from_dict(config_dict, **kwargs)
+        return config_dict
+
+    @property
+    def first_position(self) -> int:
+        """Position of a sequence's first token that is not padding."""
+        return 0 if self.position_numbering == "all" else self.pad_token_id + 1
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens T that a sequence may have, padding included."""
+        return self.max_position_embeddings - self.first_position
 
     @property
     def neurons_per_token(self) -> int:
@@ -244,6 +277,14 @@ class FastBertConfig(PreTrainedConfig):
                 f"pad_token_id is {self.pad_token_id}; expected None or a value between 0 and vocab_size - 1, "
                 f"{self.vocab_size - 1}"
             )
+        if self.position_numbering == "non_padding":
+            if self.pad_token_id is None:
+                raise ValueError("pad_token_id is None; position_numbering 'non_padding' counts from it")
+            if self.longest_sequence < 1:
+                raise ValueError(
+                    f"max_position_embeddings is {self.max_position_embeddings}; position_numbering 'non_padding' "
+                    f"needs more than pad_token_id + 1, {self.first_position}"
+                )
         if self.fff_leaf_width is not None and self.ffn_type != "fff":
             raise ValueError(
                 f"fff_leaf_width is {self.fff_leaf_width} with ffn_type {self.ffn_type!r}; "

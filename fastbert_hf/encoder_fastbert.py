@@ -57,14 +57,19 @@ class FastBertEmbeddings(TiedWeightOwner):
     def __init__(self, config: FastBertConfig):
         super().__init__()
         self.max_positions, self.hidden_size = config.max_position_embeddings, config.hidden_size
+        # the padding token whose positions are not counted, None where all are
+        self.uncounted = config.pad_token_id if config.position_numbering == "non_padding" else None
+        self.first_position, self.longest_sequence = config.first_position, config.longest_sequence
         self.sinusoidal = config.position_embedding_type == "scaled_sinusoidal"
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         if self.sinusoidal:
             self.position_scale = nn.Parameter(torch.full((1,), config.hidden_size**-0.5))
-            positions = sinusoidal_positions(config.max_position_embeddings, config.hidden_size)
+            positions = sinusoidal_positions(self.max_positions, config.hidden_size)
             self.register_buffer("positions", positions, persistent=False)
         else:
-            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.position_embeddings = nn.Embedding(
+                self.max_positions, config.hidden_size, padding_idx=self.uncounted
+            )
         if config.type_vocab_size:
             self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         else:
@@ -90,13 +95,16 @@ class FastBertEmbeddings(TiedWeightOwner):
         if inputs_embeds is None:  # (B, T) -> (B, T, H)
             inputs_embeds = look_up("input_ids", self.word_embeddings, input_ids, "vocab_size")
         num_rows, num_tokens = inputs_embeds.shape[:2]
-        if num_tokens > self.max_positions:
+        if num_tokens > self.longest_sequence:
+            less = "" if self.uncounted is None else " - pad_token_id - 1"
             raise ValueError(
-                f"the sequence has {num_tokens} tokens; this model has positions for {self.max_positions} "
-                "(max_position_embeddings): truncate the input"
+                f"the sequence has {num_tokens} tokens; this model has positions for {self.longest_sequence} "
+                f"(max_position_embeddings{less}): truncate the input"
             )
         if position_ids is not None:
             check_rows("position_ids", position_ids, num_rows, num_tokens)
+        elif self.uncounted is not None:
+            position_ids = self.count_positions(input_ids, num_tokens, inputs_embeds.device)
         if self.sinusoidal:
             positions = (
                 self.positions[:num_tokens]
@@ -115,6 +123,18 @@ class FastBertEmbeddings(TiedWeightOwner):
             check_rows("token_type_ids", token_type_ids, num_rows, num_tokens)
             hidden = hidden + look_up("token_type_ids", self.token_type_embeddings, token_type_ids, "type_vocab_size")
         return self.dropout(self.norm(hidden))
+
+    def count_positions(self, input_ids: Tensor | None, num_tokens: int, device: torch.device) -> Tensor:
+        """Positions from `first_position` on for tokens other than padding, whose position is one less.
+
+        Args: input_ids (B, T), or None where embeddings are given: then every token is counted.
+        Returns: (B, T), or (T,) without input_ids.
+        Source: fairseq's positions, as in RoBERTa.
+        """
+        if input_ids is None:
+            return torch.arange(num_tokens, device=device) + self.first_position
+        counted = (input_ids != self.uncounted).long()
+        return counted.cumsum(dim=1) * counted + self.uncounted
 
 
 def visible_keys(attention_mask: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ class FastBertMLMHead(TiedWeightOwner):
         self.transform = config.mlm_head_transform
         if self.transform:
             self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
-            self.activation = ACTIVATIONS[config.hidden_act]
+            self.activation = ACTIVATIONS[config.mlm_head_act or config.hidden_act]
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias)
 
@@ -48,7 +48,7 @@ def labelled_positions(labels: Tensor, share: float) -> Tensor:
 
 
 class FastBertPooler(nn.Module):
-    """One vector a sequence: pooling, optional dense layer, tanh, dropout."""
+    """One vector a sequence: pooling, optional dense layer, activation, dropout."""
 
     def __init__(self, config: FastBertConfig):
         super().__init__()
@@ -56,6 +56,7 @@ class FastBertPooler(nn.Module):
         head_dim = config.classifier_head_dim
         self.output_dim = head_dim or config.hidden_size
         self.dense = nn.Linear(config.hidden_size, head_dim) if head_dim else nn.Identity()
+        self.activation = torch.tanh if config.classifier_activation == "tanh" else torch.relu
         self.dropout = nn.Dropout(config.classifier_dropout)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -75,4 +76,4 @@ class FastBertPooler(nn.Module):
                 )
             visible = visible_keys(attention_mask).unsqueeze(-1)  # (B, T, 1)
             pooled = hidden.masked_fill(~visible, 0).sum(dim=1) / visible.sum(dim=1)
-        return self.dropout(torch.tanh(self.dense(pooled)))
+        return self.dropout(self.activation(self.dense(pooled)))

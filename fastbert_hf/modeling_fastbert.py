@@ -72,7 +72,7 @@ class FastBertModel(FastBertPreTrainedModel):
             attention_mask: (B, T) or (B, T, T), nonzero where a key is visible; or (B, 1 or heads, T, T), boolean or
                 additive, used as it is. None sees everything.
             token_type_ids: (B, T); ignored where type_vocab_size is 0.
-            position_ids: (T,) or (B, T); 0..T-1 by default.
+            position_ids: (T,) or (B, T); by default 0..T-1, or as `position_numbering` says.
             output_hidden_states, output_attentions, return_dict: as everywhere in Transformers.
         Returns: last_hidden_state (B, T, H) and what was asked for.
         Raises:

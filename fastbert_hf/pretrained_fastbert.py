@@ -23,7 +23,11 @@ class FastBertPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _no_split_modules = ["FastBertEmbeddings", "FastBertLayer"]
     _can_record_outputs = {"hidden_states": FastBertLayer, "attentions": FastBertAttention}
-    _keys_to_ignore_on_load_unexpected = [r"self_attention\.norm_factor$"]  # a constant in the published layout
+    _keys_to_ignore_on_load_unexpected = [
+        r"self_attention\.norm_factor$",  # a constant in the published layout
+        r"(^|\.)position_ids$",  # 0, 1, 2, ... in old checkpoints of BERT
+        r"^cls\.seq_relationship\.",  # BERT's next sentence prediction, which no head here has
+    ]
     # tensors of the heads: absent from, or superfluous in, a checkpoint of another head
     _head_prefixes = ("mlm_head.", "pooler.", "classifier.", "qa_outputs.")
 
@@ -94,7 +98,11 @@ class FastBertPreTrainedModel(PreTrainedModel):
         except OSError as error:
             if "no file named" not in str(error) and "be loaded with `safetensors`" not in str(error):
                 raise
-            raise OSError(f"{pretrained_model_name_or_path} holds no model.safetensors. {reason}") from error
+            convert = "import transformers as t; t.CLASS.from_pretrained('OLD').save_pretrained('NEW')"
+            raise OSError(
+                f"{pretrained_model_name_or_path} holds no model.safetensors. {reason}. Where you trust it, this "
+                f'writes safetensors: python -c "{convert}", with the CLASS that config.json names in "architectures"'
+            ) from error
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """As in PreTrainedModel; always the native layout, whatever layout the weights were loaded from."""

@@ -146,7 +146,7 @@ class CrammedBertConfig(PreTrainedConfig):
         return FastBertConfig.from_dict(config_dict, **kwargs)
 
 
-class _LoadOnly(ConversionOps):
+class LoadOnly(ConversionOps):
     """A conversion without a way back: FastBERT never saves the published layout."""
 
     @property
@@ -154,7 +154,7 @@ class _LoadOnly(ConversionOps):
         raise NotImplementedError("FastBERT is saved in its native layout only")
 
 
-class SplitHeadwise(_LoadOnly):
+class SplitHeadwise(LoadOnly):
     """Split a fused projection whose rows are q, k, v of head 0, then of head 1, ...: (3H, ...) -> 3 x (H, ...)."""
 
     def convert(self, input_dict, source_patterns, target_patterns, config, **kwargs) -> dict[str, list[Tensor]]:
@@ -165,7 +165,7 @@ class SplitHeadwise(_LoadOnly):
         return {name: [part.flatten(0, 1).contiguous()] for name, part in zip(target_patterns, parts)}
 
 
-class TransposeRows(_LoadOnly):
+class TransposeRows(LoadOnly):
     """(H_out, P*n) -> (P*n, H_out), contiguous: kernels read parameter rows in place."""
 
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs) -> dict[str, list[Tensor]]:
@@ -173,7 +173,7 @@ class TransposeRows(_LoadOnly):
         return {target_patterns[0]: [matrix.t().contiguous()]}
 
 
-class FirstStored(_LoadOnly):
+class FirstStored(LoadOnly):
     """The tied word embedding, stored as either or both of two tensors, which must then be equal."""
 
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs) -> dict[str, list[Tensor]]:

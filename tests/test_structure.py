@@ -20,6 +20,7 @@ LEVELS = [
     ("pretrained_fastbert",),
     ("modeling_fastbert",),
     ("published_layout",),
+    ("bert_layouts",),
     ("__init__",),
     ("files", "recipes", "extras"),
     ("data",),

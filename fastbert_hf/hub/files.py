@@ -184,7 +184,7 @@ def check_sizes(architecture: type[FastBertPreTrainedModel], config: FastBertCon
 def sample_outputs(model: FastBertPreTrainedModel) -> list[torch.Tensor]:
     """All outputs of a model for the same random tokens every time; one row is padded."""
     config = model.config
-    length = min(16, config.max_position_embeddings)
+    length = min(16, config.longest_sequence)
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(config.vocab_size, (4, length), generator=generator)  # (B, T)
     attention_mask = torch.ones_like(input_ids)

@@ -11,12 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
 
-from fastbert_hf.data.tokenizer import load_tokenizer
-from fastbert_hf.encoder_fastbert import FastBertDenseFeedForward
-from fastbert_hf.fff_reference import ACTIVATIONS
 from fastbert_hf.files import check_output_folder, write_text
 from fastbert_hf.training.distillation.activations import sample_inputs
 from fastbert_hf.training.distillation.layer_fit import (
@@ -30,11 +26,11 @@ from fastbert_hf.training.distillation.layer_fit import (
     unexplained,
 )
 from fastbert_hf.training.distillation.start_from_data import DenseWeights
+from fastbert_hf.training.distillation.student import dense_feed_forward
+from fastbert_hf.training.distillation.teacher import load_teacher
 from fastbert_hf.training.distillation.texts import check_text_files, read_texts, tokenized
 from fastbert_hf.training.leaf_balance import check_balance
 
-ACTIVATION_NAMES = {name: name for name in ACTIVATIONS}
-ACTIVATION_NAMES |= {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
 COUNTS = ("texts_per_file", "other_texts_per_file", "max_seq_length", "max_rows", "steps", "rows_per_step")
 RESULTS, TABLE = "layer-fit.json", "layer-fit.md"
 
@@ -100,11 +96,12 @@ def fit_table(options: LayerFitArguments) -> list[dict[str, Any]]:
         ValueError: for anything wrong in the options, before the work; a fit that diverges.
     """
     options.check()
-    model, tokenizer = load(options.model_name_or_path)
-    layers = dense_layers(model)
+    teacher = load_teacher(options.model_name_or_path)
+    model, layers = teacher.encoder, dense_feed_forward(teacher.encoder)
     if not 0 <= options.layer < len(layers):
         raise ValueError(f"layer is {options.layer}; expected 0 to {len(layers) - 1}, the model's dense layers")
-    module, dense, activation = layers[options.layer]
+    module = layers[options.layer]
+    dense, activation = DenseWeights.of(module.dense_in, module.dense_out), model.config.hidden_act
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(options.seed)
@@ -113,7 +110,7 @@ def fit_table(options: LayerFitArguments) -> list[dict[str, Any]]:
     inputs, files = {}, {name: folder / f"inputs-{name}.f32" for name in parts}
     try:
         for name, (sources, count, rows) in parts.items():
-            batches = tokenized(read_texts(sources, count, draw), tokenizer, options.max_seq_length)
+            batches = tokenized(read_texts(sources, count, draw), teacher.tokenizer, options.max_seq_length)
             sample = sample_inputs(model, module, batches, files[name], max_rows=rows, seed=options.seed)
             inputs[name] = torch.from_numpy(sample)
         return _fit_all(options, dense, activation, inputs["train"], inputs["other"])
@@ -155,39 +152,3 @@ def format_table(results: Iterable[dict[str, Any]]) -> str:
         values = (row["form"], row["neurons"], f"{row['unexplained']:.3f}", f"{row['unexplained_at_the_start']:.3f}")
         lines.append("| " + " | ".join(map(str, (*values, f"{row['seconds']:.0f}"))) + " |")
     return "\n".join(lines)
-
-
-def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model without head, and its tokenizer.
-
-    Raises:
-        ValueError: it cannot be loaded.
-    """
-    try:
-        return AutoModel.from_pretrained(name).eval(), load_tokenizer(name)
-    except OSError as error:
-        raise ValueError(f"no model can be loaded from {name!r}: {str(error).strip().splitlines()[0]}") from error
-
-
-def dense_layers(model: PreTrainedModel) -> list[tuple[nn.Module, DenseWeights, str]]:
-    """The dense feed-forward layers of a model: where their input arrives, their weights, their activation.
-
-    Known are BERT and what has its layers' names (`intermediate.dense`, `output.dense`), and dense FastBERT that is
-    not gated.
-
-    Raises:
-        ValueError: the model has none of these, or an activation that leaf trees do not have.
-    """
-    name = model.config.hidden_act
-    if name not in ACTIVATION_NAMES:
-        raise ValueError(f"hidden_act of the model is {name!r}; expected one of {', '.join(ACTIVATION_NAMES)}")
-    found = []
-    for module in model.modules():
-        if isinstance(module, FastBertDenseFeedForward) and not module.gated:
-            found.append((module, DenseWeights.of(module.dense_in, module.dense_out), ACTIVATION_NAMES[name]))
-        elif hasattr(module, "intermediate") and hasattr(module.intermediate, "dense"):
-            weights = DenseWeights.of(module.intermediate.dense, module.output.dense)
-            found.append((module.intermediate, weights, ACTIVATION_NAMES[name]))
-    if not found:
-        raise ValueError(f"{model.config.model_type!r} has no dense feed-forward layer of a known form")
-    return found

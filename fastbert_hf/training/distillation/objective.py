@@ -46,9 +46,11 @@ class HiddenScale:
         self._count += int(mask.sum())
 
     def variance(self) -> Tensor:
-        """(layers, H) float32, above zero."""
+        """(layers, H) float32; a dimension that hardly varies counts as if it varied a hundredth of the median."""
         mean = self._sum / self._count
-        return (self._squares / self._count - mean.square()).clamp(min=1e-12).float()
+        variance = self._squares / self._count - mean.square()
+        least = 0.01 * variance.median(dim=1, keepdim=True).values
+        return variance.clamp(min=1e-12).maximum(least).float()
 
 
 def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor, variance: Tensor) -> Tensor:

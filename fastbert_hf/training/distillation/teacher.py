@@ -140,5 +140,5 @@ def copy_embedder(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
     for module in json.loads((source / MODULES).read_text(encoding="utf-8")):
         path = module.get("path", "")
-        if path:
+        if path and (source / path).is_dir():  # a module without settings has no files, and a Hub no empty folders
             shutil.copytree(source / path, target / path, dirs_exist_ok=True)

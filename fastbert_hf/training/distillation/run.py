@@ -45,6 +45,7 @@ from fastbert_hf.training.distillation.texts import TextBatches, as_device, chec
 from fastbert_hf.training.distillation.trainer import DistillationTrainer
 from fastbert_hf.training.leaf_balance import add_balance, check_balance, leaf_layers
 from fastbert_hf.training.provenance import (
+    PROVENANCE,
     Provenance,
     as_json,
     check_same_settings,
@@ -55,7 +56,7 @@ from fastbert_hf.training.runs import check_options, disable_pin_memory_on_cpu, 
 from fastbert_hf.training.trainer_hooks import check_hooks
 from fastbert_hf.training.tree_usage import counted_visits, tree_usage
 
-FITTED, STAGES = "fitted", "stages.json"
+FITTED, LAYERS, STAGES = "fitted", "layers", "stages.json"
 SCALE_BATCHES = 64
 MLM_PROBABILITY = 0.15
 # what a run may go on with, or what digests stand for
@@ -258,10 +259,13 @@ def distill(options: DistillationArguments, args: TrainingArguments) -> tuple[St
 
 
 def _remove_run(folder: Path) -> None:
+    """Remove what an earlier distillation left; a folder of something else stays as it is."""
+    if not (folder / PROVENANCE).is_file():
+        return
     remove_checkpoints(folder)
-    for name in (FITTED, "layers"):
+    for name in (FITTED, LAYERS):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (STAGES, "run_settings.json"):
+    for name in ("config.json", STAGES, PROVENANCE):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -278,7 +282,7 @@ def _provenance(options: DistillationArguments, args: TrainingArguments, teacher
     settings["model"] = weights_identity(str(teacher.folder), teacher.model.config)
     settings = as_json(settings)
     folder = Path(args.output_dir)
-    if (folder / "run_settings.json").is_file():
+    if (folder / PROVENANCE).is_file():
         earlier = Provenance.read(folder)
         check_same_settings(earlier.settings, settings, str(folder))
         return Provenance(settings, earlier.parts)
@@ -327,7 +331,7 @@ def _fit(options, args, teacher: Teacher, student: Student, train: Dataset, stag
     settings = FitSettings(
         options.fit_steps, options.fit_rows_per_step, options.fit_learning_rate, options.balance_leaves, args.seed
     )
-    folder = Path(args.output_dir) / "layers"
+    folder = Path(args.output_dir) / LAYERS
     enough = max(1, math.ceil(4 * options.fit_rows / (8 * options.batch_size)))  # batches of 8 tokens a text or more
     batches = _in_turn(train, torch.device("cpu"), enough)
     fit_student(

@@ -10,7 +10,10 @@ from fastbert_hf import extras
 from fastbert_hf.extras import EXTRAS, MissingExtraError, require_extra
 
 SETUP = Path(__file__).resolve().parent.parent / "setup.cfg"
-MODULES = {"scikit-learn": "sklearn"}  # where a distribution's module has another name
+MODULES = {
+    "scikit-learn": "sklearn",
+    "sentence-transformers": "sentence_transformers",
+}  # where a distribution's module has another name
 
 
 def test_the_table_is_that_of_setup_cfg():

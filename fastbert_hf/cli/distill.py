@@ -17,7 +17,8 @@ from fastbert_hf.benchmarks.machine import processor_name
 from fastbert_hf.cli.arguments import RecipeArgumentParser
 from fastbert_hf.files import write_text
 from fastbert_hf.training.distillation.report import render_report
-from fastbert_hf.training.distillation.run import DistillationArguments, distill
+from fastbert_hf.training.distillation.run import distill
+from fastbert_hf.training.distillation.settings import DistillationArguments
 from fastbert_hf.training.distillation.teacher import load_teacher
 from fastbert_hf.training.publishing import write_model_card
 

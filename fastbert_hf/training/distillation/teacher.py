@@ -1,7 +1,6 @@
 """Teachers: a BERT, RoBERTa, DistilBERT or dense FastBERT, with what turns it into a sentence embedder."""
 
 import json
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from fastbert_hf.training.distillation.student import dense_feed_forward, encode
 MODULES = "modules.json"
 # files of sentence-transformers beside modules.json and the folders that it names
 EMBEDDER_FILES = (MODULES, "sentence_bert_config.json", "config_sentence_transformers.json")
-HEADS = {"ForPreTraining": "ForMaskedLM", "LMHeadModel": "ForMaskedLM"}
 
 
 @dataclass(frozen=True)
@@ -95,21 +93,17 @@ def load_teacher(name: str) -> Teacher:
 
 
 def model_class(config: FastBertConfig, is_embedder: bool = False) -> type[FastBertPreTrainedModel]:
-    """The class for the head that a configuration names; the encoder alone for embedders and where none is named.
+    """The class that a configuration names; the encoder alone for embedders and where none is named.
 
     Raises:
         ValueError: a head that cannot be distilled.
     """
-    name = (config.architectures or [""])[0]
-    head = re.search(r"(For[A-Z]\w+|LMHeadModel)$", name)
-    if is_embedder or head is None:
+    name = (config.architectures or ["FastBertModel"])[0]
+    if is_embedder:
         return FastBertModel
-    found = getattr(fastbert_hf, f"FastBert{HEADS.get(head[1], head[1])}", None)
+    found = getattr(fastbert_hf, name, None)
     if found is None or found is fastbert_hf.FastBertForMultipleChoice:
-        raise ValueError(
-            f"the model is a {name}, whose head cannot be distilled; its encoder can, once it is saved "
-            "without the head"
-        )
+        raise ValueError(f"the model is a {name}, which cannot be distilled; its encoder can, saved without the head")
     return found
 
 

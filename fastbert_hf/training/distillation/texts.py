@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from fastbert_hf.data.masking import IGNORE_INDEX, MaskedLanguageModelCollator
 from fastbert_hf.data.readers import TABLE_SUFFIXES, check_corpus_files, read_documents, read_rows
 
 BATCH = 32  # texts that a model reads at a time where nothing else is said
@@ -131,6 +132,26 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_seq_l
     return {name: [single[name] for single in singles] for name in singles[0]}
 
 
+class MaskedBatches(Dataset):
+    """Batches with tokens masked; the same ones each time a batch is taken.
+
+    Args:
+        batches: of `TextBatches`. collator: what masks.
+    """
+
+    def __init__(self, batches: TextBatches, collator: MaskedLanguageModelCollator):
+        self.batches, self.collator = batches, collator
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """A batch and `masked` (B, T), where a token was masked."""
+        batch = self.batches[index]
+        masked = self.collator.mask(batch["input_ids"])
+        return {**batch, "input_ids": masked["input_ids"], "masked": masked["labels"] != IGNORE_INDEX}
+
+
 def first_item(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The collator of data whose items are batches already."""
     return items[0]
@@ -147,3 +168,14 @@ def split_texts(texts: Iterable[Text], held_out: int, draw: random.Random) -> tu
 def as_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The batch on a device."""
     return {name: value.to(device) for name, value in batch.items()}
+
+
+def in_turn(batches: Dataset, device: torch.device, tokens: int) -> Iterator[dict[str, Tensor]]:
+    """The inputs of batches, one after the other, until they hold so many tokens that are not padding."""
+    seen = 0
+    for number in range(len(batches)):
+        if seen >= tokens:
+            return
+        batch = as_device(batches[number], device)
+        seen += int(batch["attention_mask"].sum())
+        yield {name: value for name, value in batch.items() if name != "masked"}

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from fastbert_hf import FastBertConfig, FastBertModel, FastFeedForward, LeafFeedForward
-from fastbert_hf.training.distillation.fit_table import LayerFitArguments, dense_layers, fit_table
+from fastbert_hf import FastFeedForward, LeafFeedForward
+from fastbert_hf.training.distillation.fit_table import LayerFitArguments, fit_table
 from fastbert_hf.training.distillation.layer_fit import (
     DenseFeedForward,
     FitSettings,
@@ -198,21 +198,3 @@ def test_the_command_says_one_line(tmp_path):
     command = [sys.executable, str(SCRIPT), *arguments, "--output_dir", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_SECONDS)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-
-
-def test_dense_layers_of_bert_and_of_fastbert_compute_what_the_model_does():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    x = draw(3, 7, 12)
-    bert = BertModel(BertConfig(vocab_size=50, **sizes)).eval()
-    assert len(dense_layers(bert)) == 2
-    module, dense, activation = dense_layers(bert)[1]
-    expected = bert.encoder.layer[1].output.dense(module(x))
-    torch.testing.assert_close(dense.forward(x, activation), expected)
-    fastbert = FastBertModel(FastBertConfig(vocab_size=50, ffn_type="dense", **sizes)).eval()
-    module, dense, activation = dense_layers(fastbert)[0]
-    torch.testing.assert_close(dense.forward(x, activation), module(x))
-    with pytest.raises(ValueError, match="no dense feed-forward layer"):
-        dense_layers(FastBertModel(FastBertConfig(vocab_size=50, **sizes, fff_depth=2)))
-    with pytest.raises(ValueError, match="hidden_act of the model is 'tanh'"):
-        dense_layers(BertModel(BertConfig(vocab_size=50, hidden_act="tanh", **sizes)))

@@ -1,0 +1,121 @@
+"""The options of a distillation: what is distilled into what, on which text, and how long."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from fastbert_hf.data.tokenizer import tokenizer_digest
+from fastbert_hf.files import file_digest
+from fastbert_hf.training.distillation.layer_fit import FitSettings
+from fastbert_hf.training.distillation.student import check_student_form, form_of
+from fastbert_hf.training.distillation.teacher import Teacher
+from fastbert_hf.training.distillation.texts import check_text_files
+from fastbert_hf.training.leaf_balance import check_balance
+from fastbert_hf.training.provenance import (
+    PROVENANCE,
+    Provenance,
+    as_json,
+    check_same_settings,
+    training_settings,
+    weights_identity,
+)
+
+# what a run may go on with, or what digests stand for
+NOT_COMPARED = (
+    "overwrite_output_dir", "budget_minutes", "save_minutes", "model_name_or_path", "train_file", "eval_file",
+)  # fmt: skip
+REPLACED = (
+    "gradient_accumulation_steps", "max_steps", "num_train_epochs", "ignore_data_skip", "do_train",
+    "per_device_train_batch_size", "save_strategy", "save_steps", "eval_strategy", "eval_steps",
+)  # fmt: skip
+
+
+@dataclass
+class DistillationArguments:
+    """What is distilled into what, on which text, and how long."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "folder or Hub name of a BERT, RoBERTa, DistilBERT or FastBERT"}
+    )
+    train_file: list[str] = field(metadata={"help": "your text: .txt (also .gz, .xz or .zst), .jsonl, .csv, .tsv"})
+    fff_depth: int = field(default=5, metadata={"help": "depth of the trees: 2^depth leaves"})
+    fff_leaf_width: int = field(default=96, metadata={"help": "neurons of a leaf"})
+    fff_trees: int = field(default=1, metadata={"help": "trees of a layer"})
+    form: str | None = field(
+        default=None,
+        metadata={"help": "in place of the three above: leaf:5x96, or a control: dense:96, tree:1x10, layers:3"},
+    )
+    eval_file: list[str] = field(
+        default_factory=list,
+        metadata={"help": "labelled data to score on: pairs with a score for embedders, or for classifiers"},
+    )
+    budget_minutes: float | None = field(
+        default=None, metadata={"help": "minutes for everything; exactly one of this and --max_steps"}
+    )
+    texts_per_file: int = field(default=100_000, metadata={"help": "texts taken from each file, at random, at most"})
+    held_out_texts: int = field(default=1000, metadata={"help": "texts kept back to measure on, at most"})
+    max_seq_length: int = field(default=128, metadata={"help": "longer texts are cut to this many tokens"})
+    batch_size: int = field(default=48, metadata={"help": "texts of an optimizer step"})
+    fit_rows: int = field(default=100_000, metadata={"help": "tokens on which each layer is fitted, at most"})
+    fit_steps: int = field(default=800, metadata={"help": "steps of each layer's fit; 0 leaves the start from data"})
+    fit_rows_per_step: int = field(default=1024, metadata={"help": "tokens of each"})
+    fit_learning_rate: float = field(default=1e-3, metadata={"help": "of each layer's fit"})
+    balance_leaves: float = field(default=0.5, metadata={"help": "rate at which thresholds follow medians; 0: never"})
+    train_embeddings: bool = field(default=False, metadata={"help": "train the embeddings too"})
+    save_minutes: float = field(default=5.0, metadata={"help": "minutes between two checkpoints"})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "remove what an earlier run left in output_dir instead of going on with it"}
+    )
+
+    @property
+    def student_form(self) -> str:
+        """The student's feed-forward layers."""
+        return self.form or form_of(self.fff_trees, self.fff_depth, self.fff_leaf_width)
+
+    def fit_settings(self, seed: int) -> FitSettings:
+        """How each layer is fitted."""
+        return FitSettings(self.fit_steps, self.fit_rows_per_step, self.fit_learning_rate, self.balance_leaves, seed)
+
+    def check(self, args: TrainingArguments) -> None:
+        """Check what can be checked before anything is read.
+
+        Raises:
+            ValueError: naming the option.
+        """
+        check_student_form(self.student_form)
+        for name in ("texts_per_file", "batch_size", "fit_rows", "fit_rows_per_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("held_out_texts", "fit_steps", "save_minutes"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be zero or above; got {getattr(self, name)}")
+        check_balance(self.balance_leaves)
+        if (self.budget_minutes is None) == (args.max_steps <= 0):
+            raise ValueError("expected exactly one of --budget_minutes and --max_steps")
+        if self.budget_minutes is not None and not 0 < self.budget_minutes < math.inf:
+            raise ValueError(f"budget_minutes must be positive; got {self.budget_minutes}")
+        check_text_files(self.train_file)
+
+
+def run_provenance(options: DistillationArguments, args: TrainingArguments, teacher: Teacher) -> Provenance:
+    """What the run is made with; one that goes on must be made with the same.
+
+    Raises:
+        ValueError: the folder holds a run with other settings.
+    """
+    settings = training_settings(args, REPLACED)
+    settings |= {name: value for name, value in vars(options).items() if name not in NOT_COMPARED}
+    settings |= {"form": options.student_form, "text": [file_digest(file) for file in options.train_file]}
+    settings |= {"tokenizer": tokenizer_digest(teacher.tokenizer)}
+    settings["model"] = weights_identity(str(teacher.folder), teacher.model.config)
+    settings = as_json(settings)
+    folder = Path(args.output_dir)
+    if (folder / PROVENANCE).is_file():
+        earlier = Provenance.read(folder)
+        check_same_settings(earlier.settings, settings, str(folder))
+        return Provenance(settings, earlier.parts)
+    if (folder / "config.json").is_file():
+        raise ValueError(f"{str(folder)!r} holds a model that is not of a distillation; choose another output_dir")
+    return Provenance(settings)

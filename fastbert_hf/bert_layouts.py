@@ -158,7 +158,8 @@ def native_config(config_dict: dict[str, Any], model_type: str) -> dict[str, Any
     """
     family, config_class = FAMILIES[model_type], CONFIG_MAPPING[model_type]
     common_names = {entry.name for entry in fields(PreTrainedConfig)}
-    own_names = {entry.name for entry in fields(config_class)} - common_names | set(config_class.attribute_map)
+    own_names = {entry.name for entry in fields(config_class)} - common_names
+    own_names |= {*SAME_NAMES, *config_class.attribute_map}
     try:
         source = config_class(**{key: value for key, value in config_dict.items() if key in own_names})
     except StrictDataclassError as error:

@@ -16,6 +16,7 @@ from fastbert_hf import (
     FastBertModel,
     bert_layouts,
 )
+from fastbert_hf.training.runs import check_fit
 from tests.model.test_bert_layouts import (
     HEADS,
     POSITIONS,
@@ -168,6 +169,17 @@ def test_the_auto_classes_keep_the_models_of_transformers(tmp_path):
     make("Bert").save_pretrained(tmp_path)
     assert type(transformers.AutoModel.from_pretrained(tmp_path)) is transformers.BertModel
     assert type(transformers.AutoConfig.from_pretrained(tmp_path)) is transformers.BertConfig
+
+
+def test_trainings_know_how_long_a_sequence_may_be(tmp_path):
+    make("Roberta").save_pretrained(tmp_path)
+    config, vocabulary = (
+        FastBertConfig.from_pretrained(tmp_path),
+        range(SIZES["vocab_size"]),
+    )  # only its length counts
+    check_fit(config, vocabulary, POSITIONS - 2)
+    with pytest.raises(ValueError, match="max_position_embeddings 20, of which a sequence can use 18"):
+        check_fit(config, vocabulary, POSITIONS - 1)
 
 
 def test_names_of_the_native_layout_are_left_alone():

@@ -157,18 +157,18 @@ def native_config(config_dict: dict[str, Any], model_type: str) -> dict[str, Any
         ValueError: a value of the wrong type; settings that FastBERT does not have, all of them in one message.
     """
     family, config_class = FAMILIES[model_type], CONFIG_MAPPING[model_type]
-    own_names = {entry.name for entry in fields(config_class)} - {entry.name for entry in fields(PreTrainedConfig)}
+    common_names = {entry.name for entry in fields(PreTrainedConfig)}
+    own_names = {entry.name for entry in fields(config_class)} - common_names
+    own_names |= {*SAME_NAMES, *config_class.attribute_map}
     try:
         source = config_class(**{key: value for key, value in config_dict.items() if key in own_names})
     except StrictDataclassError as error:
         raise ValueError(f"the configuration of a {model_type} holds a wrong value: {error}") from error
     if problems := _problems(config_dict, source, family):
         raise ValueError(f"FastBERT cannot express this {model_type}: {'; '.join(problems)}")
-    own_names |= IRRELEVANT | set(ONLY_VALUES) | set(config_class.attribute_map)
-    native_names = {entry.name for entry in fields(FastBertConfig)} - {
-        entry.name for entry in fields(PreTrainedConfig)
-    }
-    rest = {key: value for key, value in config_dict.items() if key not in own_names | native_names}
+    native_names = {entry.name for entry in fields(FastBertConfig)} - common_names
+    read = own_names | native_names | set(ONLY_VALUES) | IRRELEVANT
+    rest = {key: value for key, value in config_dict.items() if key not in read}
     return {**rest, **_fields(config_dict.get("architectures"), source, family)}
 
 

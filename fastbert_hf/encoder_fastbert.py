@@ -105,23 +105,24 @@ class FastBertEmbeddings(TiedWeightOwner):
             check_rows("position_ids", position_ids, num_rows, num_tokens)
         elif self.uncounted is not None:
             position_ids = self.count_positions(input_ids, num_tokens, inputs_embeds.device)
+        hidden = inputs_embeds
+        if self.token_type_embeddings is not None:  # before positions, as in BERT: the sum rounds alike
+            if token_type_ids is None:
+                token_type_ids = torch.zeros((num_rows, num_tokens), dtype=torch.long, device=hidden.device)
+            check_rows("token_type_ids", token_type_ids, num_rows, num_tokens)
+            hidden = hidden + look_up("token_type_ids", self.token_type_embeddings, token_type_ids, "type_vocab_size")
         if self.sinusoidal:
             positions = (
                 self.positions[:num_tokens]
                 if position_ids is None
                 else look_up("position_ids", self.positions, position_ids, "max_position_embeddings")
             )
-            hidden = inputs_embeds + self.position_scale * positions.to(inputs_embeds.dtype)
+            hidden = hidden + self.position_scale * positions.to(hidden.dtype)
         else:
             if position_ids is None:
-                position_ids = torch.arange(num_tokens, device=inputs_embeds.device)
+                position_ids = torch.arange(num_tokens, device=hidden.device)
             table = self.position_embeddings
-            hidden = inputs_embeds + look_up("position_ids", table, position_ids, "max_position_embeddings")
-        if self.token_type_embeddings is not None:
-            if token_type_ids is None:
-                token_type_ids = torch.zeros((num_rows, num_tokens), dtype=torch.long, device=hidden.device)
-            check_rows("token_type_ids", token_type_ids, num_rows, num_tokens)
-            hidden = hidden + look_up("token_type_ids", self.token_type_embeddings, token_type_ids, "type_vocab_size")
+            hidden = hidden + look_up("position_ids", table, position_ids, "max_position_embeddings")
         return self.dropout(self.norm(hidden))
 
     def count_positions(self, input_ids: Tensor | None, num_tokens: int, device: torch.device) -> Tensor:

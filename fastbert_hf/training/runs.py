@@ -116,8 +116,12 @@ def check_fit(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase", 
             f"vocab_size {config.vocab_size} of the model is smaller than the tokenizer's {len(tokenizer)} entries"
         )
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and positions < max_seq_length:
-        raise ValueError(f"max_seq_length {max_seq_length} exceeds the model's max_position_embeddings {positions}")
+    longest = getattr(config, "longest_sequence", positions)  # less where positions are numbered as in RoBERTa
+    if longest is not None and longest < max_seq_length:
+        usable = "" if longest == positions else f", of which a sequence can use {longest}"
+        raise ValueError(
+            f"max_seq_length {max_seq_length} exceeds the model's max_position_embeddings {positions}{usable}"
+        )
 
 
 def save_model(trainer: "Trainer", tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -1,6 +1,5 @@
 """Checkpoints of BERT, RoBERTa, XLM-RoBERTa, CamemBERT and DistilBERT load as FastBERT and compute what they did."""
 
-import copy
 import json
 import os
 from pathlib import Path
@@ -8,12 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch.export import Dim
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
 import fastbert_hf
-from fastbert_hf import FastBertConfig, FastBertForMaskedLM, FastBertForSequenceClassification, FastBertModel
+from fastbert_hf import (
+    FastBertConfig,
+    FastBertForMaskedLM,
+    FastBertModel,
+)
+from tests.clients.helpers import run_without_package
 
 PAD, TOKENS, POSITIONS = 1, 12, 20
 SIZES = {
@@ -101,16 +106,9 @@ def assert_same(actual, expected):
         torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
 
 
-def edit_config(folder, drop=(), **entries):
-    path = folder / "config.json"
-    config = {key: value for key, value in json.loads(path.read_text()).items() if key not in drop}
-    path.write_text(json.dumps(config | entries))
-
-
-def edit_tensors(folder, rename):
-    path = folder / "model.safetensors"
-    tensors = {new: value for name, value in load_file(path).items() for new in rename(name)}
-    save_file({name: value.clone() for name, value in tensors.items()}, path, metadata={"format": "pt"})
+def assert_same_parameters(actual, expected):
+    actual, expected = actual.state_dict(), expected.state_dict()
+    assert actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in actual)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -134,12 +132,22 @@ def test_every_encoder_computes_what_it_did_and_is_saved_as_our_own(tmp_path, fa
     assert json.loads((tmp_path / "native" / "config.json").read_text())["model_type"] == "fastbert"
     assert set(load_file(tmp_path / "native" / "model.safetensors")) == set(model.state_dict())
     again = FastBertModel.from_pretrained(tmp_path / "native")
-    first, second = outputs_of(model, inputs), outputs_of(again, inputs)
-    assert torch.equal(first.last_hidden_state, second.last_hidden_state)
+    assert_same_parameters(again, model)
+    assert_same(outputs_of(again, inputs), outputs_of(original, inputs))
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("family", FAMILIES)
+def heads_of_families():
+    for family in FAMILIES:
+        for head in HEADS:
+            lacks = family in ("XLMRoberta", "Camembert") and head == "ForMultipleChoice"
+            lacks = lacks and make(family, head).roberta.pooler is None  # it fails when it is called
+            skip = pytest.mark.skipif(
+                lacks, reason="this version of Transformers builds this class without its pooler"
+            )
+            yield pytest.param(family, head, marks=skip)
+
+
+@pytest.mark.parametrize(("family", "head"), heads_of_families())
 def test_every_head_gives_the_logits_and_the_loss_that_it_gave(tmp_path, family, head):
     original = make(family, head)
     original.save_pretrained(tmp_path / "original")
@@ -152,42 +160,9 @@ def test_every_head_gives_the_logits_and_the_loss_that_it_gave(tmp_path, family,
         assert_same(outputs_of(model, inputs), expected)
     model.save_pretrained(tmp_path / "native")
     again = ours(head).from_pretrained(tmp_path / "native")
-    first, second = outputs_of(model, inputs), outputs_of(again, inputs)
-    assert torch.equal(first.loss, second.loss)
-    encoder = FastBertModel.from_pretrained(tmp_path / "original")
-    inputs = batch(family)
-    assert torch.equal(outputs_of(encoder, inputs)[0], outputs_of(model.fastbert, inputs)[0])
-
-
-@pytest.mark.parametrize("family", ["Bert", "Roberta", "DistilBert"])
-def test_labels_problem_type_and_dropout_carry_over(tmp_path, family):
-    dropout = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.3, "classifier_dropout": 0.4}
-    if family == "DistilBert":
-        dropout = {"dropout": 0.2, "attention_dropout": 0.3, "seq_classif_dropout": 0.4}
-    labels = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
-    problem = {"problem_type": "multi_label_classification"}
-    original = make(family, "ForSequenceClassification", **labels, **problem, **dropout)
-    original.save_pretrained(tmp_path)
-    model = FastBertForSequenceClassification.from_pretrained(tmp_path)
-    config = model.config
-    assert config.num_labels == 3 and {name: getattr(config, name) for name in labels} == labels
-    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.classifier_dropout) == (
-        0.2,
-        0.3,
-        0.4,
-    )
-    inputs = batch(family) | {"labels": torch.randint(2, (4, 3)).float()}
-    assert_same(outputs_of(model, inputs), outputs_of(original, inputs))
-
-
-def test_dropout_of_a_head_is_the_one_that_its_class_used(tmp_path):
-    for family, head, changes in [
-        ("Bert", "ForTokenClassification", {"hidden_dropout_prob": 0.3}),
-        ("Roberta", "ForMultipleChoice", {"hidden_dropout_prob": 0.3, "classifier_dropout": 0.2}),
-        ("DistilBert", "ForTokenClassification", {"dropout": 0.3, "seq_classif_dropout": 0.2}),
-    ]:
-        make(family, head, **changes).save_pretrained(tmp_path)
-        assert FastBertConfig.from_pretrained(tmp_path).classifier_dropout == 0.3
+    assert_same_parameters(again, model)
+    assert_same(outputs_of(again, inputs), expected)
+    assert_same_parameters(FastBertModel.from_pretrained(tmp_path / "original"), model.fastbert)
 
 
 @pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh", "gelu_fast", "relu", "silu", "swish"])
@@ -209,56 +184,6 @@ def test_an_untied_decoder_stays_its_own(tmp_path, family):
     assert_same(outputs_of(model, batch(family)), outputs_of(original, batch(family)))
 
 
-def test_old_names_buffers_and_heads_that_we_lack_load_without_complaint(tmp_path):
-    original = make("Bert", "ForPreTraining")
-    original.save_pretrained(tmp_path)
-
-    def rename(name):
-        old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-        copies = {"cls.predictions.bias": ["cls.predictions.decoder.bias"]}
-        copies["bert.embeddings.word_embeddings.weight"] = ["cls.predictions.decoder.weight"]
-        return [old, *copies.get(name, [])]
-
-    edit_tensors(tmp_path, rename)
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors["bert.embeddings.position_ids"] = torch.arange(POSITIONS).unsqueeze(0)
-    assert "cls.seq_relationship.weight" in tensors and "bert.pooler.dense.weight" in tensors
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    inputs = batch("Bert")
-    expected = outputs_of(original, inputs)
-    model = FastBertForMaskedLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(outputs_of(model, inputs).logits, expected.prediction_logits, rtol=0, atol=2e-5)
-    assert model.mlm_head.decoder.weight is model.fastbert.embeddings.word_embeddings.weight
-    classifier = FastBertForSequenceClassification.from_pretrained(tmp_path)  # its classifier is new
-    assert torch.equal(classifier.pooler.dense.weight, original.bert.pooler.dense.weight)
-
-
-def test_a_base_model_without_pooler_loads_under_every_head(tmp_path):
-    make("Bert").save_pretrained(tmp_path)
-    edit_tensors(tmp_path, lambda name: [] if "pooler" in name else [name])
-    assert all(ours(head).from_pretrained(tmp_path).dtype == torch.float32 for head in ["Model", *HEADS])
-
-
-def test_a_roberta_classifier_is_not_taken_for_the_pooler_beside_it(tmp_path):
-    original = make("Roberta", "ForSequenceClassification")
-    original.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors |= {"roberta.pooler.dense.weight": torch.randn(32, 32), "roberta.pooler.dense.bias": torch.randn(32)}
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    model = FastBertForSequenceClassification.from_pretrained(tmp_path)
-    assert_same(outputs_of(model, batch("Roberta")), outputs_of(original, batch("Roberta")))
-
-
-def test_a_checkpoint_that_lacks_a_layer_or_holds_another_is_refused(tmp_path):
-    make("Bert").save_pretrained(tmp_path)
-    edit_config(tmp_path, num_hidden_layers=3)
-    with pytest.raises(ValueError, match=r"missing \(layers\.2\."):
-        FastBertModel.from_pretrained(tmp_path)
-    edit_config(tmp_path, num_hidden_layers=1)
-    with pytest.raises(ValueError, match=r"unexpected \(layers\.1\."):
-        FastBertModel.from_pretrained(tmp_path)
-
-
 def test_positions_end_where_the_table_does(tmp_path):
     longest = {"Bert": POSITIONS, "Roberta": POSITIONS - PAD - 1}
     for family, tokens in longest.items():
@@ -274,62 +199,40 @@ def test_positions_end_where_the_table_does(tmp_path):
             model(torch.full((1, tokens + 1), 7))
 
 
-def test_what_cannot_be_expressed_is_one_error_that_lists_it(tmp_path):
-    make("Bert").save_pretrained(tmp_path)
-    changes = {
-        "position_embedding_type": "relative_key_query",
-        "is_decoder": True,
-        "add_cross_attention": True,
-        "hidden_act": "quick_gelu",
-        "embedding_size": 16,
-        "auto_map": {"AutoModel": "modeling.Other"},
-    }
-    edit_config(tmp_path, **changes)
-    for cls in (FastBertConfig, FastBertModel, FastBertForMaskedLM):
-        with pytest.raises(ValueError, match="FastBERT cannot express this bert") as error:
-            cls.from_pretrained(tmp_path)
-        assert all(f"{key} is {value!r}; expected" in str(error.value) for key, value in changes.items())
-    edit_config(tmp_path, drop=changes, pad_token_id=None)
-    assert FastBertModel.from_pretrained(tmp_path).config.pad_token_id is None
-    make("Roberta").save_pretrained(tmp_path)
-    edit_config(tmp_path, pad_token_id=None)
-    with pytest.raises(ValueError, match="cannot express this roberta: pad_token_id is None"):
-        FastBertConfig.from_pretrained(tmp_path)
-    edit_config(tmp_path, hidden_size="wide")
-    with pytest.raises(ValueError, match=r"configuration of a roberta holds a wrong value.*hidden_size"):
-        FastBertConfig.from_pretrained(tmp_path)
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_counted_positions_are_exported_with_free_shapes(tmp_path, family):
+    make(family).save_pretrained(tmp_path)
+    model = FastBertModel.from_pretrained(tmp_path)
+    inputs = {name: value for name, value in batch(family).items() if name != "token_type_ids"}
+    free = {0: Dim("batch", min=1, max=64), 1: Dim("length", min=1, max=model.config.longest_sequence)}
+    program = torch.export.export(model, (), inputs, dynamic_shapes=dict.fromkeys(inputs, free))
+    shorter = {name: value[1:, :9] for name, value in batch(family, "left").items() if name in inputs}
+    actual = program.module()(**shorter).last_hidden_state
+    torch.testing.assert_close(actual, model(**shorter).last_hidden_state, rtol=0, atol=1e-5)
 
 
-def test_a_checkpoint_in_pickle_is_refused_with_the_way_to_convert_it(tmp_path):
-    original = make("Bert")
-    original.save_pretrained(tmp_path)
-    torch.save(original.state_dict(), tmp_path / "pytorch_model.bin")
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(OSError, match=r"pytorch_model\.bin.*writes safetensors: python -c .*save_pretrained"):
-        FastBertModel.from_pretrained(tmp_path)
+LOAD_BUNDLES = """
+import torch, transformers
+for folder in sys.argv[1:]:
+    saved = torch.load(folder + "/outputs.pt")
+    model = getattr(transformers, saved["auto_class"]).from_pretrained(folder, trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**saved["inputs"])[0], saved["logits"], rtol=0, atol=2e-5)
+    print(folder)
+"""
 
 
-def test_defaults_of_a_family_stand_in_for_what_a_file_leaves_out_and_its_notes_stay():
-    config = FastBertConfig.from_dict({"model_type": "roberta", "my_note": "x", "sep_token_id": 2, "fff_depth": 3})
-    reference = transformers.RobertaConfig()
-    assert (config.vocab_size, config.type_vocab_size) == (reference.vocab_size, reference.type_vocab_size)
-    assert (config.my_note, config.sep_token_id, config.fff_depth) == ("x", 2, FastBertConfig().fff_depth)
-
-
-def test_the_auto_classes_keep_the_models_of_transformers(tmp_path):
-    make("Bert").save_pretrained(tmp_path)
-    assert type(transformers.AutoModel.from_pretrained(tmp_path)) is transformers.BertModel
-    assert type(transformers.AutoConfig.from_pretrained(tmp_path)) is transformers.BertConfig
-
-
-def test_a_changed_configuration_can_be_passed(tmp_path):
-    make("Bert").save_pretrained(tmp_path)
-    config = FastBertConfig.from_pretrained(tmp_path, attention_probs_dropout_prob=0.0)
-    model = FastBertModel.from_pretrained(tmp_path, config=copy.deepcopy(config))
-    assert model.config.attention_probs_dropout_prob == 0.0
-    inputs = batch("Bert")
-    expected = outputs_of(FastBertModel.from_pretrained(tmp_path), inputs).last_hidden_state
-    assert torch.equal(outputs_of(model, inputs).last_hidden_state, expected)
+def test_without_the_package_the_saved_model_computes_what_the_original_did(tmp_path):
+    folders = {"Bert": "ForMaskedLM", "Roberta": "ForSequenceClassification", "DistilBert": "ForMultipleChoice"}
+    for family, head in folders.items():
+        original = make(family, head)
+        original.save_pretrained(tmp_path / "original")
+        ours(head).from_pretrained(tmp_path / "original").save_pretrained(tmp_path / family)
+        inputs = batch(family, "left", head)
+        saved = {"auto_class": f"AutoModel{head}", "inputs": inputs, "logits": outputs_of(original, inputs).logits}
+        torch.save(saved, tmp_path / family / "outputs.pt")
+    assert run_without_package(LOAD_BUNDLES, *folders, cwd=tmp_path).split() == list(folders)
 
 
 @pytest.mark.skipif(MINILM is None, reason="FASTBERT_MINILM names no folder with all-MiniLM-L6-v2")
@@ -340,7 +243,8 @@ def test_minilm_computes_what_it_did():
     inputs = tokenizer(texts, padding=True, truncation=True, max_length=512, return_tensors="pt")
     original = transformers.BertModel.from_pretrained(MINILM)
     model = FastBertModel.from_pretrained(MINILM)
-    first, second = outputs_of(model, inputs), outputs_of(original, inputs)
-    difference = (first.last_hidden_state - second.last_hidden_state).abs().max().item()
-    print(f"largest difference of last_hidden_state: {difference:.2e}")
-    assert difference < 1e-5
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        first, second = (outputs_of(m.to(dtype), inputs).last_hidden_state for m in (model, original))
+        difference = (first - second).abs()[inputs["attention_mask"].bool()].max().item()
+        print(f"largest difference of last_hidden_state in {dtype}: {difference:.2e}")
+        assert difference < tolerance

@@ -86,7 +86,7 @@ def load_teacher(name: str) -> Teacher:
         raise ValueError(f"no model can be loaded from {name!r}: {str(error).strip().splitlines()[0]}") from error
     dense_feed_forward(encoder_of(model))
     tokenizer = load_tokenizer(folder)
-    embed, longest = None, config.max_position_embeddings
+    embed, longest = None, config.longest_sequence
     if is_embedder:
         embed, longest = _embedding_of(folder)
     return Teacher(folder, model.eval(), tokenizer, embed, min(longest or 512, tokenizer.model_max_length))

@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-lowest lint format demo bench clean
+.PHONY: help venv test test-lowest lint format demo distill-demo bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,9 @@ format: venv ## apply style
 
 demo: venv ## pretrain, fine-tune and use a small FastBERT from text this machine has, in minutes, offline
 	$(BIN)/python scripts/demo.py
+
+distill-demo: venv ## make a real sentence embedder faster, in a quarter of an hour
+	$(BIN)/python scripts/distill_demo.py
 
 bench: venv ## measure this machine in three minutes; scripts/benchmark.py --help has the rest
 	$(BIN)/python scripts/benchmark.py --quick --fresh --output_dir runs/bench

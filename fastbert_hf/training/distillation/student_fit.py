@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastbert_hf.encoder_fastbert import FastBertDenseFeedForward, FastBertLayer
 from fastbert_hf.files import staged_folder
 from fastbert_hf.leaf_layer import LeafFeedForward
 from fastbert_hf.modeling_fastbert import FastBertModel
@@ -28,6 +29,7 @@ from fastbert_hf.training.distillation.layer_fit import (
 from fastbert_hf.training.distillation.start_from_data import DenseWeights
 from fastbert_hf.training.distillation.student import dense_feed_forward
 
+MEAN = "output_mean"
 MEASURED_ROWS = 16384  # of the rows that were fitted
 
 
@@ -73,31 +75,42 @@ def fit_student(
                 continue
             began = time.perf_counter()
             dense = DenseWeights.of(module.dense_in, module.dense_out)
-            layer, error = fitted(form, dense, torch.from_numpy(rows[number]), teacher.config.hidden_act, settings)
+            x = torch.from_numpy(rows[number])
+            centre = form.startswith("dense:") or not student.layers[number].pre_norm
+            layer, mean, error = fitted(form, dense, x, teacher.config.hidden_act, settings, centre)
             with staged_folder(folder, last=file.name) as stage:
-                save_file(layer.state_dict(), stage / file.name)
+                save_file({**layer.state_dict(), MEAN: mean}, stage / file.name)
             report(number, error, time.perf_counter() - began)
-        shutil.rmtree(inputs)
+    shutil.rmtree(inputs, ignore_errors=True)
     for layer, file in zip(student.layers, done):
-        layer.ffn.load_state_dict(load_file(file))
+        weights = load_file(file)
+        mean = weights.pop(MEAN)
+        layer.ffn.load_state_dict(weights)
+        add_constant(layer, mean)
 
 
 def fitted(
-    form: str, dense: DenseWeights, x: Tensor, activation: str, settings: FitSettings
-) -> tuple[nn.Module, float]:
-    """A layer fitted to a dense layer, and the part of its variance that it leaves unexplained, on the same rows.
+    form: str, dense: DenseWeights, x: Tensor, activation: str, settings: FitSettings, centre: bool = True
+) -> tuple[nn.Module, Tensor, float]:
+    """A layer fitted to a dense layer.
 
     Args:
         form: as `make_layer` takes it. dense: what is replaced. x: (N, H) rows of its input.
+        centre: leave the mean of the outputs to a constant that is added to what the layer puts out.
+
+    Returns:
+        The layer, the constant (H_out,), and the part of the variance that is left unexplained, on the same rows.
     """
-    _, std = output_moments(dense, x, activation)
-    scaled = rescaled(dense, torch.zeros_like(std), std)
+    mean, std = output_moments(dense, x, activation)
+    if not centre:
+        mean = torch.zeros_like(mean)
+    scaled = rescaled(dense, mean, std)
     targets = outputs_of(scaled, x, activation)
     layer = make_layer(form, scaled, x, activation, settings.seed)
     fit_layer(layer, x, targets, settings)
     error = unexplained(layer, x[:MEASURED_ROWS], targets[:MEASURED_ROWS])
     scale_outputs(layer, std)
-    return layer, error
+    return layer, mean.to(x), error
 
 
 @torch.no_grad()
@@ -110,3 +123,23 @@ def scale_outputs(layer: nn.Module, factors: Tensor) -> None:
     for output in outputs:
         if output is not None:
             output *= factors.to(output)
+
+
+@torch.no_grad()
+def add_constant(layer: FastBertLayer, constant: Tensor) -> None:
+    """Have a layer of an encoder add a constant to what its feed-forward layer puts out.
+
+    Trees have no bias that every token gets: confidence scales that of a leaf. In a layer with its norms behind, the
+    norm before the feed-forward layer adds the constant, and the trees take it off what they see.
+
+    Args:
+        constant: (H,); zero for trees in a layer with its norms in front.
+    """
+    ffn = layer.ffn
+    if isinstance(ffn, FastBertDenseFeedForward):
+        ffn.dense_out.bias += constant
+    elif constant.any():
+        layer.attention_norm.bias += constant
+        ffn.bias_in -= ffn.weight_in @ constant
+        if isinstance(ffn, LeafFeedForward):
+            ffn.threshold += ffn.router @ constant

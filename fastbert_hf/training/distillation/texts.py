@@ -47,10 +47,21 @@ def read_texts(files: Sequence[str], count: int, draw: random.Random, pairs: boo
     for file in files:
         if Path(file).suffix in TABLE_SUFFIXES:
             found = list(itertools.chain.from_iterable(_row_texts(row, pairs) for row in read_rows(file)))
+            texts += draw.sample(found, min(count, len(found)))
         else:
-            found = list(itertools.islice(read_documents([file]), 20 * count))
-        texts += draw.sample(found, min(count, len(found)))
+            texts += _sample(itertools.islice(read_documents([file]), 20 * count), count, draw)
     return texts
+
+
+def _sample(lines: Iterable[str], count: int, draw: random.Random) -> list[str]:
+    """At most `count` of the lines, uniformly; no more are in memory (reservoir sampling, algorithm R)."""
+    kept: list[str] = []
+    for number, line in enumerate(lines):
+        if number < count:
+            kept.append(line)
+        elif (place := draw.randrange(number + 1)) < count:
+            kept[place] = line
+    return kept
 
 
 def _row_texts(row: dict, pairs: bool) -> list[Text]:

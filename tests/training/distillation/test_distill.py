@@ -1,6 +1,7 @@
 """Distillation from end to end: every head, sentence embedders, resumed runs, mistakes; on tiny models."""
 
 import json
+import random
 import re
 import shutil
 
@@ -13,6 +14,7 @@ from fastbert_hf import FastBertForSequenceClassification, FastBertModel, LeafFe
 from fastbert_hf.cli import distill as command
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.training.distillation import student_fit
+from fastbert_hf.training.distillation.texts import TextBatches, read_texts
 from fastbert_hf.training.distillation.trainer import DistillationTrainer
 from tests.clients.helpers import run_without_package
 
@@ -293,3 +295,32 @@ def test_a_folder_of_something_else_or_of_another_run_is_left_alone(tiny, bert, 
         distill(bert, tiny / "corpus.txt", run, max_steps=2, learning_rate=1e-4)
     summary = distill(bert, tiny / "corpus.txt", run, max_steps=2, learning_rate=1e-4, overwrite_output_dir=True)
     assert summary["learning_rate"] == 1e-4
+
+
+def test_texts_of_a_long_file_are_a_uniform_sample(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"text {i}\n" for i in range(400)))
+    counts = [0] * 4
+    for seed in range(50):
+        chosen = read_texts([str(tmp_path / "a.txt")], 40, random.Random(seed))
+        assert len(set(chosen)) == 40
+        for text in chosen:
+            counts[int(text.split()[1]) // 100] += 1
+    assert all(abs(count - 500) < 100 for count in counts)  # 4.5 standard deviations
+
+
+def test_batches_hold_each_text_once_and_texts_of_like_length_together(tiny):
+    tokenizer = load_tokenizer(tiny / "tokenizer")
+    lines = (tiny / "corpus.txt").read_text().splitlines()[:50]
+    texts = [line[: 3 + 3 * number] for number, line in enumerate(dict.fromkeys(lines))]
+    batches = TextBatches(texts, tokenizer, 16, 4, seed=1)
+    assert len(batches) == len(texts) // 4
+    rows, padding = [], 0
+    for number in range(len(batches)):
+        batch = batches[number]
+        assert batch["input_ids"].shape == batch["attention_mask"].shape and batch["input_ids"].shape[1] <= 16
+        padding += int((batch["attention_mask"] == 0).sum())
+        rows += [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
+    assert set(rows) <= {tuple(tokenizer(text, truncation=True, max_length=16)["input_ids"]) for text in texts}
+    assert padding < 2 * len(rows)
+    with pytest.raises(ValueError, match="holds 3 different texts"):
+        TextBatches(texts[:3], tokenizer, 16, 4)

@@ -16,6 +16,7 @@ from fastbert_hf.benchmarks.distilled import form_for_speed, speed_rows
 from fastbert_hf.benchmarks.machine import processor_name
 from fastbert_hf.cli.arguments import RecipeArgumentParser
 from fastbert_hf.files import write_text
+from fastbert_hf.hub.card import kept_metadata
 from fastbert_hf.training.distillation.report import render_report
 from fastbert_hf.training.distillation.run import distill
 from fastbert_hf.training.distillation.settings import DistillationArguments
@@ -59,6 +60,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     page = render_report(summary)
     write_text(folder / "distillation.md", page)
-    write_model_card(student.model, folder, args.hub_model_id)
+    write_model_card(student.model, folder, args.hub_model_id, kept_metadata(teacher.folder).get("license"))
     print(page)
     return summary

@@ -15,6 +15,7 @@ from fastbert_hf.hub.origin import repository_address
 TEMPLATE = Path(__file__).with_name("model_card.md")
 WHOLE_MODEL = "whole encoder, inference"  # section of the benchmark
 SUMMARY, RECIPE = "summary.json", "recipe.json"
+DISTILLED_FROM = "distilled_from"  # key of a summary
 PIPELINES = {
     "FastBertModel": ("feature-extraction", "AutoModel"),
     "FastBertForMaskedLM": ("fill-mask", "AutoModelForMaskedLM"),
@@ -220,12 +221,11 @@ def render_card(
     with _about(speed or folder):
         sections["speed"] = speed_table(speed, config) if speed else ""
     pipeline, auto_class = PIPELINES[architecture]
-    name = repo.rpartition("/")[2]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=pipeline,
         tags=["fastbert", "fast-feedforward"],
-        model_name=name,
+        model_name=repo.rpartition("/")[2],
         eval_results=evaluations or None,
         **metadata,
     )
@@ -239,6 +239,7 @@ def render_card(
         labels=", ".join(config.id2label.values()) if pipeline.endswith("classification") else "",
         has_tokenizer=(folder / "tokenizer_config.json").is_file(),
         **sections,
+        distilled_from=summary.get(DISTILLED_FROM, ""),
         neurons_per_token=config.neurons_per_token,
         neurons_per_layer=config.neurons_per_layer,
         **config.to_dict(),

@@ -114,15 +114,20 @@ def write_card(trainer: "Trainer") -> None:
     write_model_card(model, folder, trainer.args.hub_model_id)
 
 
-def write_model_card(model: FastBertPreTrainedModel, folder: Path, repo: str | None = None) -> None:
+def write_model_card(
+    model: FastBertPreTrainedModel, folder: Path, repo: str | None = None, license: str | None = None
+) -> None:
     """Write README.md of a model into its folder, from the summary that lies there.
 
     Args:
         model: what the card describes. repo: where it will be found; default: the folder's name.
+        license: the Hub's name of a licence.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     name = repo or folder.absolute().name
-    write_text(folder / "README.md", render_card(folder, model.config, type(model).__name__, parameters, name))
+    write_text(
+        folder / "README.md", render_card(folder, model.config, type(model).__name__, parameters, name, license)
+    )
 
 
 def publish(trainer: "Trainer") -> None:

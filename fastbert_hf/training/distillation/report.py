@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fastbert_hf.hub.card import DISTILLED_FROM
+
 NOT_TESTED = (
     "Other text than that named above, other languages, social bias, and tasks that are not in the table of scores. "
     "A score that hardly moves may hide what the hidden-state error shows: the student differs from its teacher by "
@@ -18,7 +20,7 @@ def render_report(summary: Mapping[str, Any]) -> str:
             {"case", "teacher_ms", "student_ms"}) beside it where they were measured.
     """
     lines = [
-        f"# Distilled from {summary['model']}",
+        f"# Distilled from {summary[DISTILLED_FROM]}",
         "",
         f"Feed-forward layers: {summary['form']}. A token uses {summary['neurons_per_token']:,} of "
         f"{summary['neurons_per_layer']:,} neurons of a layer.",

@@ -19,6 +19,7 @@ from transformers import TrainingArguments, set_seed
 
 from fastbert_hf.data.masking import MaskedLanguageModelCollator
 from fastbert_hf.files import check_output_folder, file_digest, staged_folder
+from fastbert_hf.hub.card import DISTILLED_FROM
 from fastbert_hf.modeling_fastbert import FastBertForMaskedLM, FastBertForSequenceClassification
 from fastbert_hf.training.budget import BudgetClock
 from fastbert_hf.training.budget_progress import show_budget
@@ -284,7 +285,7 @@ def _summary(run: Run, student: Student) -> dict[str, Any]:
             student.encoder(**batch)
     usage = [layer for layer in tree_usage(counts) if "leaf_shares" in layer]
     return {
-        "model": options.model_name_or_path,
+        DISTILLED_FROM: options.model_name_or_path,
         "form": options.student_form,
         "neurons_per_token": config.neurons_per_token,
         "neurons_per_layer": config.neurons_per_layer,

@@ -39,7 +39,9 @@ def save_bert(tiny, folder, head="Model", **changes):
 
 @pytest.fixture(scope="module")
 def bert(tiny, tmp_path_factory):
-    return save_bert(tiny, tmp_path_factory.mktemp("bert"))
+    folder = save_bert(tiny, tmp_path_factory.mktemp("bert"))
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,9 @@ def test_a_bert_becomes_a_faster_model_and_a_page_says_what_it_lost(tiny, bert, 
     assert ours["input_ids"] == theirs["input_ids"]
     page = (tmp_path / "distillation.md").read_text()
     assert f"{summary['eval_hidden_error']:.4f}" in page and "times the speed" in page and "corpus.txt" in page
-    assert "FastBertModel" in (tmp_path / "config.json").read_text() and (tmp_path / "README.md").is_file()
+    card = (tmp_path / "README.md").read_text()
+    assert f"| distilled from | {bert}; [what was lost](distillation.md) |" in card and "license: mit" in card
+    assert "| neurons of a leaf | 6 |" in card and "uses 6 of the 24 feed-forward neurons" in card
     assert not (tmp_path / "layers" / "inputs").exists()
 
 

@@ -81,7 +81,7 @@ def load_teacher(name: str) -> Teacher:
             raise ValueError(f"the transformer of {name!r} lies in its folder {first!r}; expected it in the main one")
     try:
         config = FastBertConfig.from_pretrained(folder)
-        model = model_class(config, is_embedder).from_pretrained(folder, config=config)
+        model = model_class(config, stored_architectures(folder), is_embedder).from_pretrained(folder, config=config)
     except OSError as error:
         raise ValueError(f"no model can be loaded from {name!r}: {str(error).strip().splitlines()[0]}") from error
     dense_feed_forward(encoder_of(model))
@@ -92,18 +92,29 @@ def load_teacher(name: str) -> Teacher:
     return Teacher(folder, model.eval(), tokenizer, embed, min(longest or 512, tokenizer.model_max_length))
 
 
-def model_class(config: FastBertConfig, is_embedder: bool = False) -> type[FastBertPreTrainedModel]:
+def stored_architectures(folder: Path) -> list[str]:
+    """The classes that a model folder's configuration names."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+
+
+def model_class(
+    config: FastBertConfig, stored: list[str], is_embedder: bool = False
+) -> type[FastBertPreTrainedModel]:
     """The class that a configuration names; the encoder alone for embedders and where none is named.
+
+    Args:
+        config: translated. stored: the names before that.
 
     Raises:
         ValueError: a head that cannot be distilled.
     """
-    name = (config.architectures or ["FastBertModel"])[0]
-    if is_embedder:
+    if is_embedder or not stored:
         return FastBertModel
-    found = getattr(fastbert_hf, name, None)
+    found = getattr(fastbert_hf, config.architectures[0], None) if config.architectures else None
     if found is None or found is fastbert_hf.FastBertForMultipleChoice:
-        raise ValueError(f"the model is a {name}, which cannot be distilled; its encoder can, saved without the head")
+        raise ValueError(
+            f"the model is a {stored[0]}, which cannot be distilled; its encoder can, saved without the head"
+        )
     return found
 
 

@@ -286,6 +286,29 @@ def test_files_that_do_not_fit_are_named(tiny, bert, embedder, tmp_path):
         distill(trees, tiny / "corpus.txt", tmp_path / "e")
 
 
+def test_teachers_that_cannot_be_converted_are_named(tiny, bert, tmp_path):
+    def refused(folder, message):
+        with pytest.raises(ValueError, match=message):
+            distill(folder, tiny / "corpus.txt", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    refused(
+        save_bert(tiny, tmp_path / "nsp", "ForNextSentencePrediction"), "is a BertForNextSentencePrediction, which"
+    )
+    refused(save_bert(tiny, tmp_path / "choice", "ForMultipleChoice"), "is a BertForMultipleChoice, which")
+    refused(save_bert(tiny, tmp_path / "tanh", hidden_act="tanh"), "hidden_act")
+    pickled = shutil.copytree(bert, tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    refused(pickled, "safetensors only")
+    gpt = tmp_path / "gpt"
+    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=20, n_positions=8)
+    transformers.GPT2Model(config).save_pretrained(gpt)
+    refused(gpt, "model_type 'gpt2'")
+    silent = shutil.copytree(bert, tmp_path / "silent")
+    (silent / "tokenizer.json").unlink()
+    refused(silent, "no tokenizer in")
+
+
 def test_a_folder_of_something_else_or_of_another_run_is_left_alone(tiny, bert, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(bert, other)

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from .checkpoint_fastbert import CheckpointMismatchError, misfits
+from .checkpoint_fastbert import CheckpointMismatchError, check_named_files, misfits
 from .configuration_fastbert import FastBertConfig
 from .encoder_fastbert import FastBertAttention, FastBertEmbeddings, FastBertLayer, sinusoidal_positions
 from .fff_layer import FastFeedForward
@@ -71,6 +71,7 @@ class FastBertPreTrainedModel(PreTrainedModel):
             CheckpointMismatchError: missing or unexpected tensors, by name; tensors of another shape, unless
                 `ignore_mismatched_sizes` asks for new ones in their place. It is a ValueError and, as
                 Transformers' own error for a wrong shape, a RuntimeError.
+            ValueError: an index of weight files that names something else than safetensors files beside it.
         """
         given = pretrained_model_name_or_path is None
         if given or kwargs.get("output_loading_info") or kwargs.get("key_mapping"):
@@ -88,11 +89,16 @@ class FastBertPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _from_safetensors(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """PreTrainedModel's from_pretrained, but pickled weights, which can run code when opened, are never read."""
+        """PreTrainedModel's from_pretrained, but it reads safetensors files of the folder or repository alone.
+
+        Pickled weights, which can run code when opened, are never read, nor is a file that an index names elsewhere.
+        """
         reason = "FastBERT reads safetensors only: a pickle (pytorch_model.bin) can run code when it is opened"
         if kwargs.get("use_safetensors") is False:
             raise ValueError(f"use_safetensors is False; expected None or True. {reason}")
         kwargs["use_safetensors"] = True
+        if pretrained_model_name_or_path is not None:
+            check_named_files(pretrained_model_name_or_path, kwargs)
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except OSError as error:

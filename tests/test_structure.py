@@ -117,8 +117,10 @@ def test_bundle_files_import_siblings_torch_and_transformers_only(name):
         "dataclasses",
         "difflib",
         "functools",
+        "json",
         "math",
         "os",
+        "pathlib",
         "typing",
         "warnings",
     }

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from fastbert_hf.checkpoint_fastbert import read_json
 from fastbert_hf.configuration_fastbert import FastBertConfig
-from fastbert_hf.hub.json_files import read_json
 from fastbert_hf.hub.origin import repository_address
 
 TEMPLATE = Path(__file__).with_name("model_card.md")

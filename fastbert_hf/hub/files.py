@@ -12,10 +12,9 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 import fastbert_hf
-from fastbert_hf.checkpoint_fastbert import misfits
+from fastbert_hf.checkpoint_fastbert import misfits, read_json
 from fastbert_hf.configuration_fastbert import AUTO_MAP, FastBertConfig
 from fastbert_hf.files import file_digest, git_digest
-from fastbert_hf.hub.json_files import read_json
 from fastbert_hf.hub.weights import check_weight_names, check_weights, stored_shapes
 from fastbert_hf.modeling_fastbert import FastBertPreTrainedModel
 from fastbert_hf.published_layout import MODEL_TYPE

@@ -1,14 +1,13 @@
 """Weight files, before a model is built from them: safe formats, no index that leads elsewhere, every file whole."""
 
 from collections.abc import Collection, Iterable
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError, safe_open
 
-from fastbert_hf.hub.json_files import read_json
+from fastbert_hf.checkpoint_fastbert import INDEX_SUFFIX, SUFFIX, index_names
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 PICKLED = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")  # formats that can run code when opened
 
 
@@ -42,8 +41,6 @@ def check_weight_names(paths: Iterable[str], where: str) -> None:
 def check_indexes(folder: Path, paths: Collection[str], where: str) -> None:
     """Check that every index of weight files names only weight files that lie beside it.
 
-    Loading opens whatever an index names, also "/elsewhere/x.safetensors" and "../x.safetensors".
-
     Args:
         folder: holds the indexes.
         paths: all files that belong to the model, relative to `folder`.
@@ -60,31 +57,6 @@ def check_indexes(folder: Path, paths: Collection[str], where: str) -> None:
                     raise ValueError(f"{path} of {where} names {name!r}, which is not there; expected a listed file")
 
 
-def index_names(file: Path, what: str) -> list[str]:
-    """The weight files that an index names, every one a plain name that ends in .safetensors.
-
-    Args:
-        file: the index.
-        what: how the message calls it.
-
-    Raises:
-        ValueError: it is no index, or names something else.
-    """
-    weight_map = read_json(file).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{what} has weight_map {_short(weight_map)}; expected an object of file names")
-    for name in weight_map.values():
-        plain = isinstance(name, str) and name == PurePosixPath(name).name == PureWindowsPath(name).name
-        if not plain or not name.endswith(SUFFIX) or "\0" in name:
-            raise ValueError(f"{what} names {_short(name)}; expected the plain name of a {SUFFIX} file beside it")
-    return sorted(set(weight_map.values()))
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The files that a model is loaded from: model.safetensors, or what its index names; empty if there is neither.
 
@@ -93,7 +65,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
         return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
-    return [folder / name for name in index_names(folder / INDEX, f"{INDEX} in {str(folder)!r}")]
+    return [folder / name for name in index_names(folder / INDEX, f"{INDEX} of {folder}")]
 
 
 def check_weights(folder: str | Path | None) -> None:
@@ -111,7 +83,7 @@ def check_weights(folder: str | Path | None) -> None:
         return
     files = set(folder.glob(f"*{SUFFIX}"))
     for index in sorted(folder.glob(f"*{INDEX_SUFFIX}")):
-        names = index_names(index, f"{index.name} in {str(folder)!r}")
+        names = index_names(index, f"{index.name} of {folder}")
         # an index that an earlier save left beside the whole file is not read: what it names may be gone
         if not index.with_name(index.name.removesuffix(".index.json")).is_file():
             files |= {folder / name for name in names}

@@ -17,6 +17,7 @@ from tests.clients.helpers import VOCABULARY, tiny_model
 from tests.hub.loopback import OWNER, USERS, LoopbackHub
 from tests.processes import CHILD_SECONDS
 
+INDEX = "model.safetensors.index.json"
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
 
@@ -119,6 +120,29 @@ def folder(tmp_path) -> Path:
     tiny_model(FastBertForMaskedLM).save_pretrained(target)
     save_tokenizer(target)
     return target
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    """A tiny model in several files."""
+    target = tmp_path / "shards"
+    tiny_model(FastBertForMaskedLM).save_pretrained(target, max_shard_size="30KB")
+    return target
+
+
+def change_index(folder: Path, name: object) -> str:
+    """Have the index name another file for the first tensor; what it was."""
+    index = json.loads((folder / INDEX).read_text())
+    first = next(iter(index["weight_map"]))
+    old = index["weight_map"][first]
+    index["weight_map"][first] = name
+    (folder / INDEX).write_text(json.dumps(index))
+    return old
+
+
+def change_config(folder: Path, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
 
 
 def published_files(name: str = "mlm-1x3") -> dict[str, bytes]:

@@ -7,39 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastbert_hf import FastBertForMaskedLM
 from fastbert_hf.benchmarks.routing import routing_changes
 from fastbert_hf.benchmarks.suite import trained_problem
 from fastbert_hf.hub import weights
 from fastbert_hf.hub.files import load_model
 from fastbert_hf.training import checkpoints
 from fastbert_hf.training.glue.classifier import ModelArguments, fit_head
-from tests.clients.helpers import tiny_model
-from tests.hub.conftest import FIXTURES, folder_files, published_files
+from tests.hub.conftest import FIXTURES, INDEX, change_config, change_index, folder_files, published_files
 from tests.hub.test_pull import pulled
 from tests.hub.test_pull import refused as pull_refused
 from tests.hub.test_push import refused as push_refused
-
-INDEX = "model.safetensors.index.json"
-
-
-@pytest.fixture
-def shards(tmp_path):
-    """A tiny model in several files."""
-    target = tmp_path / "shards"
-    tiny_model(FastBertForMaskedLM).save_pretrained(target, max_shard_size="30KB")
-    return target
-
-
-def change_index(folder, name):
-    """Have the index name another file for the first tensor; what it was."""
-    index = json.loads((folder / INDEX).read_text())
-    first = next(iter(index["weight_map"]))
-    old = index["weight_map"][first]
-    index["weight_map"][first] = name
-    (folder / INDEX).write_text(json.dumps(index))
-    return old
-
 
 OUTSIDE = ["/abs/x.safetensors", "../x.safetensors", "sub/x.safetensors", "a\\x.safetensors", "C:x.safetensors"]
 WRONG = ["x.bin", "pytorch_model.bin", "", ".", "..", "x.safetensors\0", None, 3, ["x.safetensors"]]
@@ -94,7 +71,7 @@ def test_a_local_folder_is_looked_at_before_it_is_loaded_or_pushed(client, hub, 
     old = change_index(shards, name)
     shutil.copyfile(shards / old, other)  # a whole file: only its place is wrong
     shutil.copyfile(shards / old, shards / "pytorch_model.bin")
-    message = "absent.safetensors" if name.startswith("absent") else f"{INDEX} in '{shards}' names {name!r}"
+    message = "absent.safetensors" if name.startswith("absent") else f"{INDEX} of {shards} names {name!r}"
     assert message in push_refused(client, shards, repo)
     assert repo not in hub.repositories
     for load in (load_model, weights.check_weights):
@@ -144,11 +121,6 @@ def test_damaged_weights_are_one_line_in_push_and_pull(client, hub, repo, folder
     line = pull_refused(client, repo, tmp_path / "out", "--convert")
     assert "cannot be read: model.safetensors: " in line
     assert not (tmp_path / "out").exists()
-
-
-def change_config(folder, **values):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **values}))
 
 
 SIZES = ("vocab_size", "hidden_size", "fff_trees", "num_hidden_layers", "type_vocab_size", "max_position_embeddings")

@@ -13,8 +13,9 @@ from tests.clients.helpers import random_batch, tiny_model
 from tests.processes import CHILD_SECONDS
 
 pytest.importorskip("accelerate")
-if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
-    pytest.skip("this torch has no gloo", allow_module_level=True)
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="this torch has no gloo"
+)
 
 ROOT = Path(__file__).parents[2]
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}

@@ -288,6 +288,6 @@ def test_two_processes_pretrain_with_the_thresholds_of_one(leafy, tmp_path):
     pretrain_here(leafy, tmp_path / "one", *changes)
     finish([*launch, *command(leafy, tmp_path / "two", 4, *changes)])
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=2e-3, rtol=0)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-3)
+    # every step is two microbatches, in one process or two: the sum of two gradients has no order, and its mean is exact
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert losses(tmp_path / "two") == losses(tmp_path / "one")

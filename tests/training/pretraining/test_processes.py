@@ -117,5 +117,5 @@ def test_two_processes_have_the_losses_of_one(tiny, uninterrupted, tmp_path):
     pretrain_here(tiny, tmp_path / "one", "--batch_ramp=0.0")
     finish([*launch, *command(tiny, tmp_path / "two", 4, "--batch_ramp=0.0")])
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(one) == len(two) == STEPS
-    assert two == pytest.approx(one, abs=1e-4)
+    assert len(one) == STEPS
+    assert two == one  # two microbatches a step, in one process or two: the sum of two gradients has no order

@@ -1,6 +1,5 @@
 """Trees of single neurons: recorded fixtures, paths, memory; test_both_forms.py has what leaf trees share."""
 
-import runpy
 from pathlib import Path
 
 import pytest
@@ -120,9 +119,3 @@ def test_bad_arguments_raise_a_value_error_that_names_them(message):
     } | BAD_CALLS[message]
     with pytest.raises(ValueError, match=message):
         fff(**call)
-
-
-def test_backends_are_listed_with_reasons(capsys):
-    runpy.run_module("fastbert_hf.kernels", run_name="__main__")
-    output = capsys.readouterr().out
-    assert "reference  available" in output and "cpu float32:" in output

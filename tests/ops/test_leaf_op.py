@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastbert_hf import leaf_op, leaf_reference, leaf_trees
-from fastbert_hf.backends_fastbert import BACKENDS, backend_for, use_backend
+from fastbert_hf.backends_fastbert import BACKENDS, use_backend
 from fastbert_hf.leaf_reference import can_group, find_routes, leaf_backward, leaf_forward, leaf_traceable
 from tests.forms import LEAVES, leaves_of, with_gradients
 from tests.oracle import dense_leaves
@@ -259,11 +259,3 @@ def test_wrong_shapes_raise_a_value_error_that_names_them(message, kind, monkeyp
         monkeypatch.setattr(leaf_op, "is_exporting", lambda: True)
     with pytest.raises(ValueError, match=message):
         leaf_trees(**call)
-
-
-def test_a_backend_that_does_not_know_the_op_is_refused():
-    x, *parameters = LEAVES.inputs(3, 4, 4, 1, 2)
-    with pytest.raises(
-        ValueError, match="unknown backend 'tpu' of the op leaf_trees; known: auto, native, reference"
-    ):
-        backend_for("leaf_trees", x, parameters[2], parameters[4], 1, 2, "gelu", default="tpu")

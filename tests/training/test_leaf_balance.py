@@ -288,6 +288,6 @@ def test_two_processes_pretrain_with_the_thresholds_of_one(leafy, tmp_path):
     pretrain_here(leafy, tmp_path / "one", *changes)
     finish([*launch, *command(leafy, tmp_path / "two", 4, *changes)])
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    # every step is two microbatches, in one process or two: the sum of two gradients has no order, and its mean is exact
+    # every step is two microbatches, in one process or two: a sum of two gradients has no order, its mean is exact
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert losses(tmp_path / "two") == losses(tmp_path / "one")

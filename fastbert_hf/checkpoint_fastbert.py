@@ -52,11 +52,11 @@ def index_names(file: str | Path, what: str) -> list[str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{what} has weight_map {_short(weight_map)}; expected an object of file names")
     for name in weight_map.values():
-        check_weight_name(name, what)
+        check_plain_name(name, what)
     return sorted(set(weight_map.values()))
 
 
-def check_weight_name(name: object, what: str) -> None:
+def check_plain_name(name: object, what: str) -> None:
     """Check that a name is that of a weight file beside the file that names it.
 
     Loading opens whatever is named, also "/elsewhere/x.safetensors", "../x.safetensors" and pickles.
@@ -92,7 +92,7 @@ def check_named_files(source: str | os.PathLike, options: Mapping[str, Any]) -> 
     places["_raise_exceptions_for_missing_entries"] = False
     named = _named_weights(source, options, places)
     if named is not None:
-        check_weight_name(named, f"transformers_weights in the configuration of {source}")
+        check_plain_name(named, f"transformers_weights in the configuration of {source}")
         return
     index, whole = (_with_variant(n, options.get("variant")) for n in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
     try:

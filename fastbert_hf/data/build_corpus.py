@@ -23,7 +23,7 @@ from fastbert_hf.data.corpus_store import (
     write_shards,
 )
 from fastbert_hf.data.deduplication import SeenDocuments
-from fastbert_hf.data.packing import Packer, check_seq_length, tokenize
+from fastbert_hf.data.packing import Packer, check_seq_length, tokenize_documents
 from fastbert_hf.data.readers import read_documents
 from fastbert_hf.data.sources import Source
 from fastbert_hf.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_digest, train_wordpiece
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation")
 WORK = ".work"  # what is being compared and written; removed at the end
+RENAMED = {"validation_share": "validation_fraction"}  # settings in manifests of earlier versions
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class CorpusSettings:
 
     Attributes:
         max_seq_length: tokens per sequence, T.
-        validation_share: part of the documents held out where no validation source is given.
+        validation_fraction: part of the documents held out where no validation source is given.
         clean: clean documents (`clean_document`).
         deduplicate: drop documents seen before, held-out ones first.
         tokenizer_name: tokenizer folder or Hub name; None trains one.
@@ -54,7 +55,7 @@ class CorpusSettings:
     """
 
     max_seq_length: int = 128
-    validation_share: float = 0.01
+    validation_fraction: float = field(default=0.01, metadata={"aliases": ["--validation_share"]})  # its earlier name
     clean: bool = False
     deduplicate: bool = False
     tokenizer_name: str | None = None
@@ -74,31 +75,31 @@ class Counts:
     dropped_as_duplicates: int = 0
 
 
-def is_held_out(key: str, share: float) -> bool:
+def is_held_out(key: str, fraction: float) -> bool:
     """Decide whether a document belongs to the validation part.
 
     The decision depends on the document's key alone, so it does not change when a corpus grows or is reordered.
 
     Args:
         key: what identifies the document, for example its text or the file it came from.
-        share: part of all keys to set aside, 0 to 1.
+        fraction: part of all keys to set aside, 0 to 1.
 
     Returns:
-        True for about `share` of all keys.
+        True for about `fraction` of all keys.
     """
     # The prefix keeps the decision independent of other uses of a key's hash, such as the order of a corpus.
     digest = hashlib.sha1(b"validation " + key.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def check_validation_share(share: float) -> None:
+def check_validation_fraction(fraction: float) -> None:
     """Check which part of the documents is held out.
 
     Raises:
         ValueError: unless it lies between 0 and 1, both excluded.
     """
-    if not 0 < share < 1:
-        raise ValueError(f"validation_share must lie between 0 and 1, both excluded; got {share}")
+    if not 0 < fraction < 1:
+        raise ValueError(f"validation_fraction must lie between 0 and 1, both excluded; got {fraction}")
 
 
 def build_corpus(
@@ -127,7 +128,7 @@ def build_corpus(
     """
     check_seq_length(settings.max_seq_length)
     if not validation:
-        check_validation_share(settings.validation_share)
+        check_validation_fraction(settings.validation_fraction)
     check_output_folder(folder)
     given = _given_tokenizer(settings)
     wanted = {
@@ -176,7 +177,8 @@ def _check_kinds(train: list[Source], validation: list[Source], settings: Corpus
 
 def _decisive(manifest: dict[str, Any]) -> dict[str, Any]:
     """What decides the bytes of a corpus: the tokenizer goes by its digest, wherever it lies."""
-    settings = {name: value for name, value in manifest["settings"].items() if name != "tokenizer_name"}
+    settings = {RENAMED.get(name, name): value for name, value in manifest["settings"].items()}
+    settings.pop("tokenizer_name", None)
     return {"settings": settings, "sources": manifest["sources"]}
 
 
@@ -208,9 +210,9 @@ def _new_tokenizer(
     train: list[Source], validation: list[Source], settings: CorpusSettings, progress: bool
 ) -> "PreTrainedTokenizerBase":
     """A tokenizer trained on a sample of the training text."""
-    share = 0.0 if validation else settings.validation_share
+    fraction = 0.0 if validation else settings.validation_fraction
     return train_wordpiece(
-        list(_sample(train, settings, share)),
+        list(_sample(train, settings, fraction)),
         settings.vocab_size,
         settings.lowercase,
         settings.max_seq_length,
@@ -218,7 +220,7 @@ def _new_tokenizer(
     )
 
 
-def _sample(sources: list[Source], settings: CorpusSettings, validation_share: float) -> Iterator[str]:
+def _sample(sources: list[Source], settings: CorpusSettings, validation_fraction: float) -> Iterator[str]:
     """The beginning of every source, in equal parts, without what is held out."""
     for source in sources:
         room = settings.tokenizer_megabytes * 1e6 / len(sources)
@@ -226,7 +228,7 @@ def _sample(sources: list[Source], settings: CorpusSettings, validation_share: f
             for document in documents:
                 if settings.clean:
                     document = clean_document(document)
-                if document is None or (validation_share and is_held_out(document, validation_share)):
+                if document is None or (validation_fraction and is_held_out(document, validation_fraction)):
                     continue
                 yield document[: int(room)]
                 room -= len(document)
@@ -262,11 +264,11 @@ def _write(
                 raw = itertools.chain.from_iterable(source.documents() for source in sources)
                 documents = _kept(raw, settings, seen, counts)
                 if not validation:
-                    documents = _split_off(documents, settings.validation_share, held_out)
+                    documents = _split_off(documents, settings.validation_fraction, held_out)
             else:
                 documents = read_documents([held_out])
             arrays = Packer(tokenizer, settings.max_seq_length).pack(
-                tokenize(_counted(documents, counts, split), tokenizer, progress, name=f"{split} text")
+                tokenize_documents(_counted(documents, counts, split), tokenizer, progress, name=f"{split} text")
             )
         if split == "train":
             arrays = _tallied(arrays, token_counts)
@@ -307,11 +309,11 @@ def _kept(
             yield document
 
 
-def _split_off(documents: Iterable[str], share: float, held_out: Path) -> Iterator[str]:
+def _split_off(documents: Iterable[str], fraction: float, held_out: Path) -> Iterator[str]:
     """Pass on the training documents and put the others aside, on disk."""
     with open(held_out, "w", encoding="utf-8") as file:
         for document in documents:
-            if is_held_out(document, share):
+            if is_held_out(document, fraction):
                 file.write(json.dumps({"text": document}) + "\n")
             else:
                 yield document

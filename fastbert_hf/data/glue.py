@@ -70,6 +70,7 @@ TASKS: dict[str, Task] = {
 }
 NOT_FINITE = {f"{sign}{word}" for sign in ("", "+", "-") for word in ("nan", "inf", "infinity")}
 HUB_DATASET = "nyu-mll/glue"
+CUSTOM = "custom"  # name of the task that files of one's own are
 
 
 @dataclass
@@ -241,7 +242,7 @@ def infer_task(rows: list[dict[str, Any]], name: str) -> Task:
         name: where they come from, for messages.
 
     Returns:
-        The task, named "own".
+        The task, named CUSTOM.
 
     Raises:
         ValueError: if there is no text column, or a column without a name, or only one class, or naming the row
@@ -263,7 +264,7 @@ def infer_task(rows: list[dict[str, Any]], name: str) -> Task:
     if all(_number(label) is not None or str(label).strip().lower() in NOT_FINITE for label in labels) and any(
         isinstance(label, float) or (isinstance(label, str) and "." in label) for label in labels
     ):
-        return Task("own", texts, (), ("pearson", "spearman"))
+        return Task(CUSTOM, texts, (), ("pearson", "spearman"))
     classes = sorted({str(label) for label in labels}, key=lambda text: (_number(text) is None, _number(text), text))
     if len(classes) < 2:
         raise ValueError(f"{name}: at least two different labels are wanted; all are {classes[0]!r}")
@@ -272,7 +273,7 @@ def infer_task(rows: list[dict[str, Any]], name: str) -> Task:
         spellings.setdefault(label.casefold(), []).append(label)
     for alike in (group for group in spellings.values() if len(group) > 1):
         logger.warning("%s: labels that differ in case alone are different classes: %s", name, ", ".join(alike))
-    return Task("own", texts, tuple(classes))
+    return Task(CUSTOM, texts, tuple(classes))
 
 
 def _check_own_label(label: Any, where: str) -> None:

@@ -14,7 +14,7 @@ IGNORE_INDEX = -100
 
 
 def check_probability(probability: float) -> None:
-    """Check a share of positions to predict.
+    """Check a fraction of positions to predict.
 
     Raises:
         ValueError: unless it lies between 0 and 1, both excluded.
@@ -42,7 +42,7 @@ def mask_tokens(
         special_ids: (k,) ids that are never chosen and never inserted.
         mask_token_id: id of [MASK].
         vocab_size: V; random tokens are drawn from the ids below it.
-        probability: share of all positions.
+        probability: fraction of all positions.
         generator: source of randomness.
         per_sequence: choose round(probability * T) positions in every sequence; 80/10/10 still holds over the batch.
 
@@ -91,7 +91,7 @@ class MaskedLanguageModelCollator:
 
     Args:
         tokenizer: gives the special ids, [MASK] and V.
-        probability: share of positions to predict.
+        probability: fraction of positions to predict.
         seed: changes all masks.
 
     Raises:

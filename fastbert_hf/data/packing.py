@@ -26,7 +26,7 @@ def check_seq_length(seq_length: int) -> None:
         raise ValueError(f"max_seq_length must be at least 8; got {seq_length}")
 
 
-def tokenize(
+def tokenize_documents(
     documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", progress: bool = False, name: str = "corpus"
 ) -> Iterator[np.ndarray]:
     """Tokenize documents in order, each followed by the separator; on all cores if TOKENIZERS_PARALLELISM allows it.

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fastbert_hf.checkpoint_fastbert import read_json
 from fastbert_hf.configuration_fastbert import FastBertConfig
+from fastbert_hf.data.glue import CUSTOM, HUB_DATASET
 from fastbert_hf.hub.origin import repository_address
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -56,13 +57,13 @@ def evaluation_results(summary: Mapping[str, Any]) -> list[EvalResult]:
         metric, split = _metric(key)
         if task is None or metric is None:
             continue
-        own = task == "own"
+        custom = task in (CUSTOM, "own")  # its earlier name
         results.append(
             EvalResult(
                 task_type="text-classification",
-                dataset_type="own" if own else "nyu-mll/glue",
-                dataset_name="own data" if own else f"GLUE {task}",
-                dataset_config=None if own else task,
+                dataset_type=CUSTOM if custom else HUB_DATASET,
+                dataset_name="custom data" if custom else f"GLUE {task}",
+                dataset_config=None if custom else task,
                 dataset_split=split,
                 metric_type=METRIC_IDS.get(metric, metric),
                 metric_name=METRICS[metric],

@@ -8,39 +8,47 @@ import torch
 
 UNITS = {  # option -> the clock's field it is compared with, and how many of its units make one of the option's
     "budget_hours": ("seconds", 3600.0),
-    "budget_processor_hours": ("processor_seconds", 3600.0),
+    "budget_cpu_hours": ("cpu_seconds", 3600.0),
     "budget_tokens": ("tokens", 1),
     "max_steps": ("steps", 1),
 }
+RENAMED = {"processor_seconds": "cpu_seconds", "budget_processor_hours": "budget_cpu_hours"}  # earlier names
 
 
-def triangle(share: float) -> float:
-    """Learning rate, in parts of its peak, at a share of the budget: 0.25 at the start, 1 at 0.75, 0 at the end.
+def with_current_names(content: Any) -> Any:
+    """What a JSON file holds; the keys that earlier versions wrote become those of today."""
+    if isinstance(content, dict):
+        return {RENAMED.get(key, key): with_current_names(value) for key, value in content.items()}
+    return [with_current_names(value) for value in content] if isinstance(content, list) else content
+
+
+def triangle(fraction: float) -> float:
+    """Learning rate, in parts of its peak, at a fraction of the budget: 0.25 at the start, 1 at 0.75, 0 at the end.
 
     Args:
-        share: spent part of the budget, 0 to 1.
+        fraction: spent part of the budget, 0 to 1.
 
     Returns:
-        min(0.25 + share, 4 - 4 share), never below zero. Source: the published recipe ("budget-triangle2").
+        min(0.25 + fraction, 4 - 4 fraction), never below zero. Source: the published recipe ("budget-triangle2").
     """
-    return max(0.0, min(0.25 + share, 4.0 - 4.0 * share))
+    return max(0.0, min(0.25 + fraction, 4.0 - 4.0 * fraction))
 
 
-def ramped_microbatches(share: float, full: int, ramp_share: float, processes: int = 1) -> int:
+def ramped_microbatches(fraction: float, full: int, ramp_fraction: float, processes: int = 1) -> int:
     """Microbatches of the next optimiser step while the batch grows linearly to its full size.
 
     Args:
-        share: spent part of the budget, 0 to 1.
+        fraction: spent part of the budget, 0 to 1.
         full: microbatches of a whole batch, over all processes.
-        ramp_share: part of the budget over which the batch grows; 0 for the full batch from the start.
+        ramp_fraction: part of the budget over which the batch grows; 0 for the full batch from the start.
         processes: every process takes the same number.
 
     Returns:
         A multiple of `processes` between `processes` and `full`.
     """
-    if share >= ramp_share:
+    if fraction >= ramp_fraction:
         return full
-    return processes * max(1, min(full // processes, round(full / processes * share / ramp_share)))
+    return processes * max(1, min(full // processes, round(full / processes * fraction / ramp_fraction)))
 
 
 @dataclass
@@ -49,21 +57,21 @@ class Spent:
 
     Attributes:
         seconds: wall-clock while training, evaluations and checkpoints included.
-        processor_seconds: processor time of the first process per thread: wall-clock without what others on a
+        cpu_seconds: processor time of the first process per thread: wall-clock without what others on a
             shared machine took.
         tokens: tokens fed to the model, over all processes.
         steps: optimiser steps, those skipped for a loss that is not finite included.
     """
 
     seconds: float = 0.0
-    processor_seconds: float = 0.0
+    cpu_seconds: float = 0.0
     tokens: int = 0
     steps: int = 0
 
 
 @dataclass
 class BudgetClock:
-    """Tells which share of a budget is spent. Its state is part of every checkpoint.
+    """Tells which fraction of a budget is spent. Its state is part of every checkpoint.
 
     Args:
         unit: one of `UNITS`.
@@ -90,14 +98,14 @@ class BudgetClock:
         passed = [new - old for new, old in zip(now, self._marks)]
         self._marks = now
         self.spent.seconds += passed[0]
-        self.spent.processor_seconds += passed[1]
+        self.spent.cpu_seconds += passed[1]
         self.spent.tokens += tokens
         self.spent.steps += 1
         if agree:
             self._agree()
 
     @property
-    def share(self) -> float:
+    def fraction(self) -> float:
         """Spent part of the budget, 0 to 1."""
         name, scale = UNITS[self.unit]
         return min(1.0, getattr(self.spent, name) / (self.amount * scale))
@@ -108,7 +116,7 @@ class BudgetClock:
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a stored state."""
-        self.spent = Spent(**state)
+        self.spent = Spent(**with_current_names(state))
 
     def _read(self) -> tuple[float, float]:
         return time.perf_counter(), time.process_time() / torch.get_num_threads()
@@ -116,6 +124,6 @@ class BudgetClock:
     def _agree(self) -> None:
         """Two processes that stop or save at different steps would wait for each other for ever."""
         device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-        times = torch.tensor([self.spent.seconds, self.spent.processor_seconds], dtype=torch.float64, device=device)
+        times = torch.tensor([self.spent.seconds, self.spent.cpu_seconds], dtype=torch.float64, device=device)
         torch.distributed.broadcast(times, src=0)
-        self.spent.seconds, self.spent.processor_seconds = times.tolist()
+        self.spent.seconds, self.spent.cpu_seconds = times.tolist()

@@ -44,7 +44,7 @@ class BudgetProgress(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Move the bar."""
         if self.bar is not None:
-            self.bar.n = self.trainer.clock.share
+            self.bar.n = self.trainer.clock.fraction
             self.bar.refresh(nolock=True) if self.bar.n >= 1 else self.bar.update(0)
 
     def tokens_per_second(self) -> float:
@@ -63,7 +63,7 @@ class BudgetProgress(TrainerCallback):
             shown["rate"] = logs["learning_rate"]
         self._move(state, shown)
         values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        line = f"step {state.global_step}  budget {self.trainer.clock.share:.1%}  {values}  "
+        line = f"step {state.global_step}  budget {self.trainer.clock.fraction:.1%}  {values}  "
         line += f"{self.tokens_per_second():,.0f} tokens/s"
         if self.bar is not None:
             self.bar.write(line)
@@ -72,7 +72,7 @@ class BudgetProgress(TrainerCallback):
 
     def _move(self, state, shown: dict[str, float]) -> None:
         if self.bar is not None:
-            self.bar.n = self.trainer.clock.share
+            self.bar.n = self.trainer.clock.fraction
             known = {name: f"{value:.4g}" for name, value in shown.items()}
             self.bar.set_postfix({"step": state.global_step, **known}, refresh=True)
 

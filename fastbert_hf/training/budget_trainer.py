@@ -34,7 +34,7 @@ class BudgetTrainer(Trainer):
     Args:
         clock: the budget; its state goes on from a checkpoint's.
         batch_size: sequences of a full optimiser step, over all processes.
-        ramp_share: part of the budget over which the batch grows to that size.
+        ramp_fraction: part of the budget over which the batch grows to that size.
         follows_clock: take the rate from `triangle`; otherwise from `args.lr_scheduler_type`, which counts steps.
         evaluations: evaluations spread evenly over the budget, beside those of `args.eval_steps`.
         save_minutes: also save a checkpoint when this much time has passed since the last one; 0 for never.
@@ -60,7 +60,7 @@ class BudgetTrainer(Trainer):
         *,
         clock: BudgetClock,
         batch_size: int,
-        ramp_share: float = 0.0,
+        ramp_fraction: float = 0.0,
         follows_clock: bool = True,
         evaluations: int = 0,
         save_minutes: float = 0.0,
@@ -71,7 +71,7 @@ class BudgetTrainer(Trainer):
     ):
         check_hooks(type(self))
         super().__init__(**kwargs)
-        self.clock, self.batch_size, self.ramp_share = clock, batch_size, ramp_share
+        self.clock, self.batch_size, self.ramp_fraction = clock, batch_size, ramp_fraction
         self.follows_clock, self.evaluations, self.save_minutes = follows_clock, evaluations, save_minutes
         self.max_bad_steps, self.max_rollbacks = max_bad_steps, max_rollbacks
         self.provenance = provenance or Provenance({})
@@ -119,7 +119,7 @@ class BudgetTrainer(Trainer):
         """
         args, budget = self.args, {self.clock.unit: self.clock.amount}
         last = self.provenance.parts[-1] if self.provenance.parts else None
-        if self.clock.share >= 1:
+        if self.clock.fraction >= 1:
             if last is not None and last["budget"] != budget:
                 raise ValueError(
                     f"the run in {args.output_dir!r} has spent {last['budget']} already; a budget of {budget} leaves "
@@ -190,7 +190,7 @@ class BudgetTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The microbatches of one optimiser step, stacked: {"input_ids": (k, B, T), "labels": (k, B, T)}."""
         start = time.perf_counter()
-        count = ramped_microbatches(self.clock.share, self.full_batch(), self.ramp_share, self.args.world_size)
+        count = ramped_microbatches(self.clock.fraction, self.full_batch(), self.ramp_fraction, self.args.world_size)
         parts = [next(epoch_iterator) for _ in range(count // self.args.world_size)]
         stacked = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
         self.microbatches += count
@@ -198,7 +198,7 @@ class BudgetTrainer(Trainer):
         self.data_seconds += time.perf_counter() - start
         return [stacked], None
 
-    def data_loading_share(self) -> float:
+    def data_loading_fraction(self) -> float:
         """Part of the training time of this part of the run that went into waiting for batches."""
         return self.data_seconds / max(1e-9, self.clock.spent.seconds - self._seconds_before)
 
@@ -234,7 +234,7 @@ class BudgetTrainer(Trainer):
         """A rate that follows the clock, or the library's own schedule."""
         if not self.follows_clock:
             return super().create_scheduler(num_training_steps, optimizer)
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda _: triangle(self.clock.share))
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda _: triangle(self.clock.fraction))
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -242,7 +242,7 @@ class BudgetTrainer(Trainer):
         """Load them; the rate that they hold is that of the checkpoint's budget, and this run's may be another."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.follows_clock and checkpoint is not None:
-            rates = [peak * triangle(self.clock.share) for peak in self.lr_scheduler.base_lrs]
+            rates = [peak * triangle(self.clock.fraction) for peak in self.lr_scheduler.base_lrs]
             for group, rate in zip(self.optimizer.param_groups, rates):
                 group["lr"] = rate
             self.lr_scheduler._last_lr = rates  # what the log shows
@@ -330,8 +330,8 @@ class BudgetTrainer(Trainer):
         logs |= {
             "tokens": spent.tokens,
             "seconds": round(spent.seconds, 3),
-            "processor_seconds": round(spent.processor_seconds, 3),
-            "budget_share": round(self.clock.share, 6),
+            "cpu_seconds": round(spent.cpu_seconds, 3),
+            "budget_fraction": round(self.clock.fraction, 6),
         }
         super().log(logs, None)
 
@@ -353,7 +353,7 @@ class _Pace(TrainerCallback):
         if args.should_save:
             remove_unfinished(args.output_dir)
         self.last_save = self.trainer.clock.spent.seconds
-        self.evaluated = int(self.trainer.clock.share * self.trainer.evaluations)
+        self.evaluated = int(self.trainer.clock.fraction * self.trainer.evaluations)
         self.trainer.data_seconds, self.trainer._seconds_before = 0.0, self.last_save
         if self.trainer._resume_began is not None:
             self.trainer.resume_seconds = round(time.perf_counter() - self.trainer._resume_began, 2)
@@ -369,13 +369,13 @@ class _Pace(TrainerCallback):
         state.epoch = trainer.microbatches * args.train_batch_size / len(trainer.train_dataset)
         if trainer.bad_in_a_row >= trainer.max_bad_steps:
             trainer.roll_back()
-        due = int(clock.share * trainer.evaluations)
-        if due > self.evaluated and clock.share < 1:  # the last one comes after training
+        due = int(clock.fraction * trainer.evaluations)
+        if due > self.evaluated and clock.fraction < 1:  # the last one comes after training
             control.should_evaluate = True
         self.evaluated = due
         if trainer.save_minutes and clock.spent.seconds - self.last_save >= 60 * trainer.save_minutes:
             control.should_save = True
-        if clock.share >= 1:
+        if clock.fraction >= 1:
             control.should_training_stop = True
             control.should_log = True
             control.should_save = control.should_save or args.save_strategy != "no" or trainer.save_minutes > 0

@@ -42,12 +42,12 @@ def plot_confusion(path: Path, labels: Sequence[str], references: np.ndarray, pr
         return
     counts = np.zeros((len(labels), len(labels)), dtype=int)  # (true, predicted)
     np.add.at(counts, (references, predictions), 1)
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure, axes = drawing
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(counts.shape):
-        text = f"{counts[row, column]}\n{shares[row, column]:.0%}"
-        color = "white" if shares[row, column] > 0.5 else "black"
+        text = f"{counts[row, column]}\n{fractions[row, column]:.0%}"
+        color = "white" if fractions[row, column] > 0.5 else "black"
         axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
     axes.set(xticks=range(len(labels)), yticks=range(len(labels)), xlabel="predicted", ylabel="true")
     axes.set_xticklabels(labels, rotation=30, ha="right")
@@ -82,28 +82,28 @@ def plot_learning_curve(path: Path, history: Sequence[dict[str, Any]]) -> None:
 def plot_tree_usage(path: Path, usage: Sequence[dict[str, Any]]) -> None:
     """Draw how a model uses its trees, layer by layer, with leaf entropy and what is dead beside it.
 
-    Of the published form, the share of each level's nodes that was visited. Of leaf trees, the tokens of each leaf.
+    Of the published form, which fraction of each level's nodes was visited. Of leaf trees, the tokens of each leaf.
 
     Args:
         path: the PNG.
         usage: what `tree_usage` returns.
     """
-    if all("leaf_shares" in layer for layer in usage):
+    if all("leaf_fractions" in layer for layer in usage):
         _plot_leaf_usage(path, usage)
         return
-    shares = np.array([layer["used_share"] for layer in usage])  # (L, D+1)
-    drawing = _new_figure(2.5 + 0.5 * shares.shape[1], 1.6 + 0.35 * len(shares))
+    fractions = np.array([layer["used_fraction"] for layer in usage])  # (L, D+1)
+    drawing = _new_figure(2.5 + 0.5 * fractions.shape[1], 1.6 + 0.35 * len(fractions))
     if drawing is None:
         return
     figure, axes = drawing
-    image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    for row, column in np.ndindex(shares.shape):
-        color = "black" if shares[row, column] > 0.5 else "white"
-        axes.text(column, row, f"{shares[row, column]:.0%}", ha="center", va="center", color=color, fontsize=7)
+    image = axes.imshow(fractions, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for row, column in np.ndindex(fractions.shape):
+        color = "black" if fractions[row, column] > 0.5 else "white"
+        axes.text(column, row, f"{fractions[row, column]:.0%}", ha="center", va="center", color=color, fontsize=7)
     labels = [
         f"{row}: {layer['leaf_entropy']:.1f} bits, {layer['dead_nodes']} dead" for row, layer in enumerate(usage)
     ]
-    axes.set(xlabel="level of the tree", ylabel="layer: leaf entropy, dead nodes", xticks=range(shares.shape[1]))
+    axes.set(xlabel="level of the tree", ylabel="layer: leaf entropy, dead nodes", xticks=range(fractions.shape[1]))
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
     figure.colorbar(image, label="nodes visited")
     figure.savefig(path, dpi=120)
@@ -111,15 +111,15 @@ def plot_tree_usage(path: Path, usage: Sequence[dict[str, Any]]) -> None:
 
 def _plot_leaf_usage(path: Path, usage: Sequence[dict[str, Any]]) -> None:
     """The tokens of each leaf over those of a leaf of a balanced tree, from 1/8 to 8 on a logarithmic scale."""
-    layers = [np.array(layer["leaf_shares"]) for layer in usage]  # (P, m)
-    shares = np.stack([layer.reshape(-1) * layer.shape[1] for layer in layers])  # (L, P*m)
-    drawing = _new_figure(3.5 + min(10.0, max(4.0, 0.05 * shares.shape[1])), 1.6 + 0.35 * len(shares))
+    layers = [np.array(layer["leaf_fractions"]) for layer in usage]  # (P, m)
+    fractions = np.stack([layer.reshape(-1) * layer.shape[1] for layer in layers])  # (L, P*m)
+    drawing = _new_figure(3.5 + min(10.0, max(4.0, 0.05 * fractions.shape[1])), 1.6 + 0.35 * len(fractions))
     if drawing is None:
         return
     figure, axes = drawing
     colors = _colormap("viridis", "red")
     with np.errstate(divide="ignore"):
-        logs = np.where(shares > 0, np.log2(shares).clip(-3, 3), np.nan)  # a dead leaf is drawn as missing: red
+        logs = np.where(fractions > 0, np.log2(fractions).clip(-3, 3), np.nan)  # a dead leaf is drawn as missing: red
     image = axes.imshow(logs, cmap=colors, vmin=-3, vmax=3, aspect="auto", interpolation="nearest")
     labels = [
         f"{row}: {layer['leaf_entropy']:.1f} bits, {len(layer['dead_leaves'])} dead"

@@ -72,7 +72,7 @@ def router_counts(leaf_counts: Tensor) -> tuple[Tensor, Tensor]:
 def balance_leaves(model: nn.Module, rate: float) -> None:
     """Move every threshold towards the median of the rows counted since the last call, and count from zero again.
 
-    The step is rate * (share that went right - 1/2) * n / (n + 64) for n rows that reached the router, over all
+    The step is rate * (fraction that went right - 1/2) * n / (n + 64) for n rows that reached the router, over all
     processes of a training that is distributed; so all of them have the same thresholds afterwards. The logits of a
     layer that begins from data have a standard deviation of 4: there a rate of 10 goes the whole way at once. For a
     call at every step choose one well below. Thresholds that are not trained stay.

@@ -85,11 +85,11 @@ def tree_usage(counts: Iterable[Tensor]) -> list[dict[str, Any]]:
         counts: (P, n) visits of each layer.
 
     Returns:
-        One entry a layer: `used_share`, the share of nodes visited at each level, root first; `leaf_entropy`, that of
-        the distribution of tokens over leaves, in bits, mean over trees (D bits if all leaves are equally likely);
+        One entry a layer: `used_fraction`, that of the nodes visited at each level, root first; `leaf_entropy`, that
+        of the distribution of tokens over leaves, in bits, mean over trees (D bits if all leaves are equally likely);
         `dead_nodes`, how many were never visited; `nodes`; `tokens`. Of counts that `counted_visits` made, layers of
-        leaf trees also have `leaf_shares`, P lists of the m shares of tokens, and `dead_leaves`, [tree, leaf] of each
-        leaf that no token reached, from the left.
+        leaf trees also have `leaf_fractions`, P lists of the m fractions of tokens, and `dead_leaves`, [tree, leaf]
+        of each leaf that no token reached, from the left.
     """
     usage = []
     leaf_trees = getattr(counts, "leaf_trees", None) or itertools.repeat(False)
@@ -99,11 +99,11 @@ def tree_usage(counts: Iterable[Tensor]) -> list[dict[str, Any]]:
         ends = [nodes_per_tree(level) for level in range(-1, depth + 1)]
         levels = [count[:, first:end] for first, end in itertools.pairwise(ends)]  # (P, 2^level) each
         leaves = levels[-1].double()
-        shares = leaves / leaves.sum(dim=1, keepdim=True).clamp(min=1)
-        entropy = torch.special.entr(shares).sum(dim=1).mean().item() / math.log(2)
+        fractions = leaves / leaves.sum(dim=1, keepdim=True).clamp(min=1)
+        entropy = torch.special.entr(fractions).sum(dim=1).mean().item() / math.log(2)
         usage.append(
             {
-                "used_share": [round((level > 0).double().mean().item(), 4) for level in levels],
+                "used_fraction": [round((level > 0).double().mean().item(), 4) for level in levels],
                 "leaf_entropy": round(abs(entropy), 4),
                 "dead_nodes": int((count == 0).sum()),
                 "nodes": trees * nodes,
@@ -111,7 +111,7 @@ def tree_usage(counts: Iterable[Tensor]) -> list[dict[str, Any]]:
             }
         )
         if has_leaves:
-            usage[-1]["leaf_shares"] = [[round(share, 6) for share in tree] for tree in shares.tolist()]
+            usage[-1]["leaf_fractions"] = [[round(fraction, 6) for fraction in tree] for tree in fractions.tolist()]
             usage[-1]["dead_leaves"] = (levels[-1] == 0).nonzero().tolist()
     return usage
 
@@ -134,9 +134,9 @@ def usage_log(usage: list[dict[str, Any]]) -> dict[str, float]:
         logs[f"trees/layer_{number}_dead_nodes"] = layer["dead_nodes"]
         if "dead_leaves" in layer:
             logs[f"trees/layer_{number}_dead_leaves"] = len(layer["dead_leaves"])
-            logs[f"trees/layer_{number}_largest_leaf_share"] = max(map(max, layer["leaf_shares"]))
-        for level, share in enumerate(layer["used_share"]):
-            logs[f"trees/layer_{number}_level_{level}_used"] = share
+            logs[f"trees/layer_{number}_largest_leaf_fraction"] = max(map(max, layer["leaf_fractions"]))
+        for level, fraction in enumerate(layer["used_fraction"]):
+            logs[f"trees/layer_{number}_level_{level}_used"] = fraction
     return logs
 
 

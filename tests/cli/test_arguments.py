@@ -8,7 +8,9 @@ import torch
 from transformers import TrainingArguments
 
 from fastbert_hf.cli.arguments import RecipeArgumentParser, run_command
+from fastbert_hf.data.build_corpus import CorpusSettings
 from fastbert_hf.recipes import load_yaml
+from fastbert_hf.training.pretraining.run import PretrainingArguments
 
 
 @dataclass
@@ -41,6 +43,14 @@ def test_recipe_values_are_converted_and_the_command_line_wins(tmp_path):
     assert options == Options(name="a", files=["c"], flag=False, count=3)
     assert args.max_steps == -1 and args.lr_scheduler_kwargs == {"num_cycles": 2} and args.output_dir == "out"
     assert parse(["--config", recipe])[0].files == ["a", "b"]
+
+
+def test_earlier_names_of_options_are_understood(tmp_path):
+    recipe = write(tmp_path / "r.yaml", "validation_share: 0.3\nbudget_processor_hours: 2.0\noutput_dir: out\n")
+    options, _ = RecipeArgumentParser((PretrainingArguments, TrainingArguments)).parse(["--config", recipe])
+    assert (options.validation_fraction, options.budget_cpu_hours) == (0.3, 2.0)
+    (settings,) = RecipeArgumentParser(CorpusSettings).parse(["--validation_share", "0.3"])
+    assert settings == CorpusSettings(validation_fraction=0.3)
 
 
 def test_recipe_values_may_begin_with_a_dash_hold_spaces_or_be_empty(tmp_path):

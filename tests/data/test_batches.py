@@ -6,7 +6,7 @@ import torch
 
 from fastbert_hf.data.build_corpus import CorpusSettings, build_corpus
 from fastbert_hf.data.masking import IGNORE_INDEX, MaskedLanguageModelCollator, MaskedSequences
-from fastbert_hf.data.packing import Packer, tokenize
+from fastbert_hf.data.packing import Packer, tokenize_documents
 from fastbert_hf.data.sources import LocalFile
 from fastbert_hf.data.tokenizer import train_wordpiece
 
@@ -20,7 +20,7 @@ def tokenizer():
 
 def packed(documents, tokenizer, seq_length):
     """Rows as a data set gives them."""
-    arrays = Packer(tokenizer, seq_length).pack(tokenize(documents, tokenizer))
+    arrays = Packer(tokenizer, seq_length).pack(tokenize_documents(documents, tokenizer))
     return [{"input_ids": torch.from_numpy(row.astype(np.int64))} for array in arrays for row in array]
 
 

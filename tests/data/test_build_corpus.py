@@ -15,7 +15,7 @@ import pytest
 
 from fastbert_hf.data.build_corpus import CorpusSettings, build_corpus
 from fastbert_hf.data.corpus_store import StoredCorpus
-from fastbert_hf.data.packing import Packer, tokenize
+from fastbert_hf.data.packing import Packer, tokenize_documents
 from fastbert_hf.data.sources import HubDataset, LocalFile
 from fastbert_hf.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
 from fastbert_hf.files import file_digest
@@ -40,13 +40,13 @@ def text(tmp_path):
 
 
 def settings(tokenizer=None, **changes):
-    options = {"max_seq_length": 16, "validation_share": 0.1, "tokenizer_name": tokenizer, "vocab_size": 120}
+    options = {"max_seq_length": 16, "validation_fraction": 0.1, "tokenizer_name": tokenizer, "vocab_size": 120}
     return CorpusSettings(**options | changes)
 
 
 def packed(documents, name):
     tokenizer = load_tokenizer(name)
-    return np.concatenate(list(Packer(tokenizer, 16).pack(tokenize(documents, tokenizer))))
+    return np.concatenate(list(Packer(tokenizer, 16).pack(tokenize_documents(documents, tokenizer))))
 
 
 def ids(folder, split="train"):
@@ -170,6 +170,9 @@ def test_a_prepared_corpus_is_reused_only_for_the_same_text_and_settings(text, t
     first, _ = build_corpus([LocalFile(text)], [], settings(tokenizer), tmp_path / "out")
     again, reused = build_corpus([LocalFile(text)], [], settings(tokenizer), tmp_path / "out")
     assert reused and again == first
+    manifest = tmp_path / "out" / "manifest.json"  # as earlier versions wrote it
+    manifest.write_text(manifest.read_text().replace("validation_fraction", "validation_share"))
+    assert build_corpus([LocalFile(text)], [], settings(tokenizer), tmp_path / "out")[1]
     with pytest.raises(ValueError, match="other text or settings"):
         build_corpus([LocalFile(text)], [], settings(tokenizer, deduplicate=True), tmp_path / "out")
     text.write_text("\n".join(LINES[:-1]), encoding="utf-8")
@@ -344,7 +347,7 @@ def test_text_too_short_for_one_sequence_is_refused(text, tokenizer, tmp_path):
         with pytest.raises(ValueError, match=message):
             build_corpus([train], [held], settings(tokenizer), tmp_path / "out")
         assert not (tmp_path / "out" / "manifest.json").exists()
-    build_corpus([LocalFile(text)], [], settings(tokenizer, validation_share=1e-9), tmp_path / "out")
+    build_corpus([LocalFile(text)], [], settings(tokenizer, validation_fraction=1e-9), tmp_path / "out")
     with pytest.raises(ValueError, match="no validation sequences; prepare it with more held-out text"):
         StoredCorpus(tmp_path / "out").sequences("validation")
 

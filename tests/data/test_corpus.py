@@ -55,11 +55,11 @@ def test_split_depends_on_the_text_alone_and_keeps_about_the_share():
 def test_split_rejects_bad_shares_and_an_empty_corpus(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     source = LocalFile(tmp_path / "empty.txt")
-    for share in (0.0, 1.0, -1.0):
+    for fraction in (0.0, 1.0, -1.0):
         with pytest.raises(
-            ValueError, match=f"validation_share must lie between 0 and 1, both excluded; got {share}"
+            ValueError, match=f"validation_fraction must lie between 0 and 1, both excluded; got {fraction}"
         ):
-            build_corpus([source], [], CorpusSettings(validation_share=share), tmp_path / "out")
+            build_corpus([source], [], CorpusSettings(validation_fraction=fraction), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="corpus is empty"):
         build_corpus([source], [], CorpusSettings(vocab_size=150), tmp_path / "out")

@@ -75,7 +75,7 @@ def test_a_long_document_has_the_tokens_of_the_whole(kind, short_pieces):
     backend = Recorder(TOKENIZERS[kind]())
     tokenizer = types.SimpleNamespace(backend_tokenizer=backend, sep_token_id=1)
     documents = ["first", TEXT, "   ", "last one"]
-    tokens = np.concatenate(list(packing.tokenize(documents, tokenizer)))
+    tokens = np.concatenate(list(packing.tokenize_documents(documents, tokenizer)))
     expected = [backend.encode(text, add_special_tokens=False).ids for text in documents]
     assert tokens.tolist() == [token for ids in expected if ids for token in [*ids, 1]]
     assert max(len(text) for texts in backend.asked for text in texts) <= 260
@@ -94,7 +94,7 @@ def test_at_most_so_much_text_is_encoded_at_once(monkeypatch):
     monkeypatch.setattr(pieces.pieces, "__defaults__", (pieces.pieces.__defaults__[0], 200))
     backend = Recorder(TOKENIZERS["BERT"]())
     tokenizer = types.SimpleNamespace(backend_tokenizer=backend, sep_token_id=1)
-    list(packing.tokenize([TEXT] * 3, tokenizer))
+    list(packing.tokenize_documents([TEXT] * 3, tokenizer))
     assert max(sum(map(len, texts)) for texts in backend.asked) <= 1500 + 260
 
 
@@ -104,7 +104,7 @@ def test_a_tokenizer_saved_with_a_length_cuts_no_document():
     backend.enable_truncation(8)
     backend.enable_padding(length=16)
     tokenizer = types.SimpleNamespace(backend_tokenizer=backend, sep_token_id=1)
-    assert np.concatenate(list(packing.tokenize([TEXT], tokenizer))).tolist() == [*expected, 1]
+    assert np.concatenate(list(packing.tokenize_documents([TEXT], tokenizer))).tolist() == [*expected, 1]
     assert backend.truncation is not None and backend.padding is not None
 
 

@@ -73,7 +73,7 @@ def digests(folder):
 def corpus(files, tmp_path_factory):
     """A corpus with a tokenizer of its own, without duplicates."""
     folder = tmp_path_factory.mktemp("corpus") / "out"
-    options = {"max_seq_length": 32, "validation_share": 0.1, "vocab_size": 200, "shard_megabytes": 0.1}
+    options = {"max_seq_length": 32, "validation_fraction": 0.1, "vocab_size": 200, "shard_megabytes": 0.1}
     build_corpus([LocalFile(file) for file in files], [], CorpusSettings(**options, deduplicate=True), folder)
     return folder
 
@@ -112,7 +112,7 @@ def test_a_cleaned_corpus_with_a_given_tokenizer_and_held_out_files(files, corpu
 
 def test_what_a_run_reads_from_text_files_and_a_tokenizer(files, corpus, tmp_path):
     names = [str(file) for file in files]
-    options = CorpusArguments(train_file=names, validation_share=0.2, max_seq_length=16, max_eval_samples=100)
+    options = CorpusArguments(train_file=names, validation_fraction=0.2, max_seq_length=16, max_eval_samples=100)
     folder = build_corpus_beside(options, tmp_path / "run", False, str(corpus / "tokenizer"))
     assert folder == str(tmp_path / "run-corpus") and not (tmp_path / "run").exists()
     options = dataclasses.replace(options, corpus=folder)

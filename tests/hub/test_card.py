@@ -80,6 +80,13 @@ def test_several_validation_splits_are_kept_apart(tmp_path):
     assert found == {"validation_matched": 0.7, "validation_mismatched": 0.6}
 
 
+@pytest.mark.parametrize("task", ["custom", "own"])  # the second: as earlier versions called it
+def test_files_of_ones_own_are_a_custom_data_set(tmp_path, task):
+    (tmp_path / "summary.json").write_text(json.dumps({"task": task, "accuracy": 0.7}))
+    (result,) = ModelCard(card(tmp_path, name="FastBertForSequenceClassification")).data.eval_results
+    assert (result.dataset_type, result.dataset_name, result.dataset_config) == ("custom", "custom data", None)
+
+
 def test_pretraining_results_and_the_recipe_are_recorded(tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps(PRETRAINED))
     (tmp_path / "recipe.json").write_text(json.dumps({"learning_rate": 0.001, "warmup_steps": 0, "optim": "adamw"}))

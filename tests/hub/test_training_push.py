@@ -40,7 +40,7 @@ def data(tmp_path_factory):
 def pretraining(data, tmp_path):
     return [
         *("--model_config", data / "model.yaml", "--tokenizer_name", data / "tokenizer"),
-        *("--train_file", data / "corpus.txt", "--validation_share", 0.2, "--max_seq_length", 16),
+        *("--train_file", data / "corpus.txt", "--validation_fraction", 0.2, "--max_seq_length", 16),
         *("--per_device_train_batch_size", 4, "--max_steps", 4, "--save_steps", 2, "--use_cpu", "--disable_tqdm", 1),
         *("--learning_rate", 0.001, "--report_to", "none", "--output_dir", tmp_path / "run", "--push_to_hub"),
     ]
@@ -85,7 +85,7 @@ def test_fine_tuning_pushes_its_results(client, hub, repo, folder, data, tmp_pat
     files, card = check_repository(hub, repo)
     assert hub.repositories[repo].private and not hub.repositories[repo].branches.keys() - {"main"}
     assert yaml.safe_load(files["config.json"].content)["architectures"] == ["FastBertForSequenceClassification"]
-    assert "| own, validation | accuracy |" in card and "AutoModelForSequenceClassification" in card
+    assert "| custom, validation | accuracy |" in card and "AutoModelForSequenceClassification" in card
 
 
 def test_rights_and_strategy_are_checked_before_training(client, hub, repo, pretraining, tmp_path):

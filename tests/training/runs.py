@@ -17,7 +17,7 @@ def arguments(tiny, output_dir, **changes):
         "model_config": str(tiny / "model.yaml"),
         "tokenizer_name": str(tiny / "tokenizer"),
         "train_file": [str(tiny / "corpus.txt")],
-        "validation_share": 0.1,
+        "validation_fraction": 0.1,
         "max_seq_length": 16,
     }
     training = {

@@ -42,7 +42,7 @@ def test_the_rate_follows_the_clock_and_the_batch_grows(finished):
     for before, entry in zip([0, *fed], steps):
         assert entry["learning_rate"] == pytest.approx(1e-2 * triangle(before / (12 * TOKENS_A_STEP)), rel=1e-6)
     assert summary["tokens_seen"] == fed[-1] >= 12 * TOKENS_A_STEP and summary["steps"] == len(steps) > 12
-    evaluated = [entry["budget_share"] for entry in history if "eval_loss" in entry]
+    evaluated = [entry["budget_fraction"] for entry in history if "eval_loss" in entry]
     assert len(evaluated) == 2 and 0.5 <= evaluated[0] < 0.6 and evaluated[1] == 1.0
 
 
@@ -130,7 +130,7 @@ def test_another_batch_or_seed_does_not_go_on_from_a_checkpoint(tiny, finished, 
     for other, message in (
         ({"per_device_train_batch_size": 2}, "per_device_train_batch_size is 4 there, 2 here"),
         ({"seed": 3}, "seed is 0 there, 3 here"),
-        ({"validation_share": 0.5}, "validation_share is 0.1 there, 0.5 here"),
+        ({"validation_fraction": 0.5}, "validation_fraction is 0.1 there, 0.5 here"),
     ):
         with pytest.raises(ValueError, match=message):
             pretrain(*arguments(tiny, tmp_path, **{**changes, **other}))
@@ -138,7 +138,7 @@ def test_another_batch_or_seed_does_not_go_on_from_a_checkpoint(tiny, finished, 
     for other, message in (
         ({"per_device_train_batch_size": 2}, "per_device_train_batch_size 4, this run has 2"),
         ({"seed": 3}, "data_seed 0, this run has 3"),
-        ({"validation_share": 0.5}, "train_sequences 238, this run has"),
+        ({"validation_fraction": 0.5}, "train_sequences 238, this run has"),
     ):
         with pytest.raises(ValueError, match=message):
             pretrain(*arguments(tiny, tmp_path, **{**changes, **other}))
@@ -151,7 +151,7 @@ def test_the_folder_tells_what_happened(finished):
     card = (folder / "README.md").read_text()
     for text in ("corpus.txt", "budget_tokens", "tokens_per_second", "accuracy", "Not tested"):
         assert text in card, text
-    assert 0 <= summary["data_loading_share"] < 1 and 0 < summary["validation_accuracy"] < 1
+    assert 0 <= summary["data_loading_fraction"] < 1 and 0 < summary["validation_accuracy"] < 1
     assert summary["budget"] == {"budget_tokens": 12 * TOKENS_A_STEP}
 
 
@@ -304,5 +304,5 @@ def test_tree_usage_counts_every_visit(finished):
     expected = torch.bincount(routes[0].reshape(-1), minlength=7)
     assert counts[1].tolist() == [expected.tolist()]
     (usage,) = tree_usage([torch.tensor([[8, 8, 0, 4, 4, 0, 0]])])
-    assert usage["used_share"] == [1.0, 0.5, 0.5] and usage["leaf_entropy"] == 1.0
+    assert usage["used_fraction"] == [1.0, 0.5, 0.5] and usage["leaf_entropy"] == 1.0
     assert (usage["dead_nodes"], usage["nodes"], usage["tokens"]) == (3, 7, 8)

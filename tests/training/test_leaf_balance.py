@@ -208,7 +208,7 @@ def test_a_balanced_run_resumes_bit_for_bit_and_reports_its_leaves(leafy, tmp_pa
     name = next(name for name in plain if name.endswith("threshold"))
     assert not torch.equal(plain[name], whole[name])
     usage = json.loads((tmp_path / "whole" / "tree_usage.json").read_text())
-    assert [len(layer["leaf_shares"][0]) for layer in usage] == [4, 4]
+    assert [len(layer["leaf_fractions"][0]) for layer in usage] == [4, 4]
     assert (tmp_path / "whole" / "tree_usage.png").stat().st_size > 0
     assert json.loads((tmp_path / "whole" / "recipe.json").read_text())["balance_leaves"] == 1.0
 

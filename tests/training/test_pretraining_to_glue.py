@@ -23,7 +23,7 @@ def command(tiny, output_dir, *extra):
         "--output_dir", str(output_dir),
         "--per_device_train_batch_size=8",
         "--max_seq_length=16",
-        "--validation_share=0.1",
+        "--validation_fraction=0.1",
         "--budget_hours=0.0005",
         "--logging_steps=5",
         "--use_cpu=true",
@@ -60,7 +60,7 @@ def test_tensorboard_gets_losses_budget_and_tree_usage(trained):
     events = accumulator.EventAccumulator(str(folder / "logs"))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    assert {"train/loss", "train/learning_rate", "train/budget_share", "train/tokens", "eval/loss"} <= tags
+    assert {"train/loss", "train/learning_rate", "train/budget_fraction", "train/tokens", "eval/loss"} <= tags
     assert {
         "train/trees/layer_0_leaf_entropy",
         "train/trees/layer_1_dead_nodes",
@@ -82,7 +82,7 @@ def test_a_second_start_finds_the_corpus_and_the_end_of_the_run(tiny, trained):
 def test_a_prepared_corpus_of_packed_text_trains_without_naming_its_tokenizer(tiny, tmp_path, capsys):
     (tmp_path / "text.txt.xz").write_bytes(lzma.compress((tiny / "corpus.txt").read_bytes()))
     prepare = ["--train_file", str(tmp_path / "text.txt.xz"), "--output_dir", str(tmp_path / "corpus")]
-    prepare += ["--tokenizer_name", str(tiny / "tokenizer"), "--max_seq_length=16", "--validation_share=0.1"]
+    prepare += ["--tokenizer_name", str(tiny / "tokenizer"), "--max_seq_length=16", "--validation_fraction=0.1"]
     prepare += ["--license", "cc0-1.0"]
     prepare_corpus.main(prepare)
     prepare_corpus.main(prepare)

@@ -54,8 +54,8 @@ def test_leaves_of_a_model_are_counted_without_changing_it(model):
     usage = tree_usage(counts)
     for layer in usage:
         assert layer["tokens"] == 36 and layer["nodes"] == 14
-        assert [len(tree) for tree in layer["leaf_shares"]] == [4, 4]
-        assert all(sum(tree) == pytest.approx(1, abs=1e-5) for tree in layer["leaf_shares"])
+        assert [len(tree) for tree in layer["leaf_fractions"]] == [4, 4]
+        assert all(sum(tree) == pytest.approx(1, abs=1e-5) for tree in layer["leaf_fractions"])
 
 
 def counts_of(model, leaf_counts):
@@ -71,12 +71,12 @@ def counts_of(model, leaf_counts):
 
 def test_dead_leaves_are_named(model):
     usage = tree_usage(counts_of(model, [[6, 2, 0, 0], [2, 2, 2, 2]]))
-    assert usage[0]["leaf_shares"] == [[0.75, 0.25, 0.0, 0.0], [0.25] * 4]
+    assert usage[0]["leaf_fractions"] == [[0.75, 0.25, 0.0, 0.0], [0.25] * 4]
     assert usage[0]["dead_leaves"] == [[0, 2], [0, 3]] and usage[0]["dead_nodes"] == 3
     expected = ["layer 0, tree 0, leaf 2", "layer 0, tree 0, leaf 3", "layer 1, tree 0, leaf 2"]
     assert dead_leaf_names(usage) == [*expected, "layer 1, tree 0, leaf 3"]
     logs = usage_log(usage)
-    assert logs["trees/layer_1_dead_leaves"] == 2 and logs["trees/layer_1_largest_leaf_share"] == 0.75
+    assert logs["trees/layer_1_dead_leaves"] == 2 and logs["trees/layer_1_largest_leaf_fraction"] == 0.75
     assert dead_leaf_names(tree_usage(counts_of(model, [[1, 1, 1, 1]] * 2))) == []
     assert dead_leaf_names(tree_usage([torch.tensor([[1, 1, 0]])])) is None
     many = [{"dead_leaves": [[0, leaf] for leaf in range(30)]}]
@@ -98,9 +98,9 @@ def test_a_run_of_leaf_trees_reports_its_leaves(tiny, tmp_path):
     changes = {"model_config": str(tmp_path / "model.yaml"), "max_steps": 2}
     _, summary = pretrain(*arguments(tiny, tmp_path / "out", **changes))
     usage = json.loads((tmp_path / "out" / "tree_usage.json").read_text())
-    assert summary["dead_leaves"] == dead_leaf_names(usage) and [len(layer["leaf_shares"][0]) for layer in usage] == [
-        4,
-        4,
-    ]
+    assert summary["dead_leaves"] == dead_leaf_names(usage)
+    assert [len(layer["leaf_fractions"][0]) for layer in usage] == [4, 4]
     _, dense = pretrain(*arguments(tiny, tmp_path / "plain", max_steps=1))
-    assert dense["dead_leaves"] is None and "leaf_shares" not in (tmp_path / "plain" / "tree_usage.json").read_text()
+    assert (
+        dense["dead_leaves"] is None and "leaf_fractions" not in (tmp_path / "plain" / "tree_usage.json").read_text()
+    )

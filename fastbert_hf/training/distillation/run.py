@@ -209,7 +209,7 @@ def _train(run: Run, student: Student, checkpoint: str | None) -> dict[str, Any]
     if checkpoint is not None:
         trainer.resume(checkpoint)
     trainer.begin_part()
-    if trainer.clock.share < 1:
+    if trainer.clock.fraction < 1:
         trainer.train(resume_from_checkpoint=checkpoint)
     else:  # resumed at its end: the library would take one step more
         trainer.take_over(checkpoint)
@@ -283,7 +283,7 @@ def _summary(run: Run, student: Student) -> dict[str, Any]:
     with counted_visits(student.encoder) as counts, torch.no_grad():
         for batch in in_turn(run.held_out, run.args.device, MEASURED_TOKENS):
             student.encoder(**batch)
-    usage = [layer for layer in tree_usage(counts) if "leaf_shares" in layer]
+    usage = [layer for layer in tree_usage(counts) if "leaf_fractions" in layer]
     return {
         DISTILLED_FROM: options.model_name_or_path,
         "form": options.student_form,
@@ -293,7 +293,7 @@ def _summary(run: Run, student: Student) -> dict[str, Any]:
         "fit_seconds": run.stages.seconds("fit"),
         "texts": len(run.train) * options.batch_size,
         "dead_leaves": sum(len(layer["dead_leaves"]) for layer in usage),
-        "largest_leaf_share": max((max(map(max, layer["leaf_shares"])) for layer in usage), default=None),
+        "largest_leaf_share": max((max(map(max, layer["leaf_fractions"])) for layer in usage), default=None),
         "learning_rate": run.args.learning_rate,
         "seed": run.args.seed,
         "sources": [{"name": Path(file).name, "sha256": file_digest(file)} for file in options.train_file],

@@ -59,7 +59,7 @@ from fastbert_hf.training.runs import (
 from fastbert_hf.training.trainer_hooks import check_hooks
 
 
-def tokenize(split: Split, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, pad: bool):
+def tokenize_split(split: Split, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, pad: bool):
     """Tokenize a split.
 
     Args:
@@ -202,7 +202,7 @@ class _TaskEncoding:
         """Tokenized rows whose labels are outputs of the head."""
         labels = split.labels if self.task.is_regression else [self.head.order[label] for label in split.labels]
         split = dataclasses.replace(split, labels=labels)
-        return tokenize(split, self.tokenizer, self.data.max_seq_length, self.data.pad_to_max_length)
+        return tokenize_split(split, self.tokenizer, self.data.max_seq_length, self.data.pad_to_max_length)
 
     def answers(self, outputs) -> np.ndarray:
         """(S, num_labels) logits in the head's order -> (S,) the task's label ids, or values."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from fastbert_hf.data.glue import TASKS, TaskData, get_task
+from fastbert_hf.data.glue import CUSTOM, TASKS, TaskData, get_task
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.training.checkpoints import FRESH
 from fastbert_hf.training.glue.classifier import ModelArguments, fit_head
@@ -104,7 +104,7 @@ def plan_runs(options: ModelArguments, data: DataTrainingArguments, args: Traini
             name,
             task,
             seed,
-            root if alone else root / name / (task or "own") / f"seed-{seed}",
+            root if alone else root / name / (task or CUSTOM) / f"seed-{seed}",
         )
         for checkpoint, name in named
         for task in tasks
@@ -161,7 +161,7 @@ def finetune_all(
         done = left.is_done and left.summary is not None
         if is_main_process(args) and (done or not alone):
             state = "finished before" if done else run.folder
-            print(f"[{number}/{len(runs)}] {run.name}, {run.task or 'own'}, seed {run.seed}: {state}", flush=True)
+            print(f"[{number}/{len(runs)}] {run.name}, {run.task or CUSTOM}, seed {run.seed}: {state}", flush=True)
         summaries.append(
             left.summary if done else _start(run, options, data, own[run], loaded[run.task], run is alone)
         )
@@ -186,7 +186,7 @@ def _own_arguments(run: Run, args: TrainingArguments) -> TrainingArguments:
     args = copy.copy(args)
     args.output_dir, args.seed = str(run.folder), run.seed
     if args.hub_model_id:
-        args.hub_model_id = f"{args.hub_model_id}-{run.name}-{run.task or 'own'}-seed-{run.seed}"
+        args.hub_model_id = f"{args.hub_model_id}-{run.name}-{run.task or CUSTOM}-seed-{run.seed}"
     return args
 
 

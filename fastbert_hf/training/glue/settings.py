@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
 
-from fastbert_hf.data.glue import Split, TaskData
+from fastbert_hf.data.glue import CUSTOM, Split, TaskData
 from fastbert_hf.files import file_digest, write_text
 from fastbert_hf.training.checkpoints import FRESH, last_checkpoint
 from fastbert_hf.training.glue.classifier import ModelArguments
@@ -207,6 +207,8 @@ def _read_same(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     stored = json.loads(file.read_text(encoding="utf-8"))
+    if stored.get("task") == "own":
+        stored["task"] = CUSTOM  # whose earlier name that is
     for name, value in settings.items():
         if name in LATER and (value is None or stored.get(name) is None):
             continue

@@ -124,8 +124,8 @@ def _average(cells: Mapping[str, float], columns: Sequence[tuple[str, str, str]]
     found = [cells[title] for title, *_ in columns if title in cells]
     if not found:
         return ""
-    share = "" if len(found) == len(columns) else f" ({len(found)} of {len(columns)})"
-    return f"{100 * statistics.fmean(found):.1f}{share}"
+    part = "" if len(found) == len(columns) else f" ({len(found)} of {len(columns)})"
+    return f"{100 * statistics.fmean(found):.1f}{part}"
 
 
 def _rows(cells: Sequence[Cell]) -> list[list[str]]:

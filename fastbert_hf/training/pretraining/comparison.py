@@ -9,11 +9,12 @@ import numpy as np
 from transformers import AutoConfig
 
 from fastbert_hf.files import write_text
+from fastbert_hf.training.budget import with_current_names
 from fastbert_hf.training.figures import plot_curves
 from fastbert_hf.training.pretraining.report import HISTORY
 
 AXES = {  # column of a history -> name on the axis, divisor, file
-    "processor_seconds": ("minutes of processor time", 60.0, "loss-against-time.png"),
+    "cpu_seconds": ("minutes of processor time", 60.0, "loss-against-time.png"),
     "tokens": ("million tokens", 1e6, "loss-against-tokens.png"),
 }
 
@@ -26,7 +27,7 @@ class FinishedRun:
         model: what the model is called: trees by trees x depth, dense ones by width.
         neurons: (used by a token, there in a layer).
         summary: its summary.json.
-        curve: held-out losses in time: [{"eval_loss", "tokens", "processor_seconds", ...}].
+        curve: held-out losses in time: [{"eval_loss", "tokens", "cpu_seconds", ...}].
     """
 
     model: str
@@ -43,8 +44,10 @@ def read_run(folder: str | Path) -> FinishedRun:
     """
     folder = Path(folder)
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        history = json.loads((folder / HISTORY).read_text(encoding="utf-8"))
+        summary, history = (
+            with_current_names(json.loads((folder / name).read_text(encoding="utf-8")))
+            for name in ("summary.json", HISTORY)
+        )
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"{str(folder)!r} holds no finished pretraining run: {error}") from error
@@ -73,7 +76,7 @@ def by_model(runs: list[FinishedRun]) -> dict[str, list[FinishedRun]]:
     return groups
 
 
-def verdict(ours: list[float], theirs: list[float]) -> str:
+def compare_losses(ours: list[float], theirs: list[float]) -> str:
     """Say whether the losses of one model are lower than another's: only if they differ by more than seeds do.
 
     Args:
@@ -101,11 +104,11 @@ def comparison_table(groups: dict[str, list[FinishedRun]], baseline: str) -> str
     for name in sorted(groups, key=lambda name: np.mean(losses[name])):
         group = groups[name]
         used, there = group[0].neurons
-        speed = np.median([run.summary["tokens_seen"] / max(run.summary["processor_seconds"], 0.1) for run in group])
+        speed = np.median([run.summary["tokens_seen"] / max(run.summary["cpu_seconds"], 0.1) for run in group])
         each = ", ".join(f"{loss:.3f}" for loss in losses[name])
         accuracy = np.mean([run.summary["validation_accuracy"] for run in group])
         tokens = np.mean([run.summary["tokens_seen"] for run in group]) / 1e6
-        against = "" if name == baseline else verdict(losses[name], losses[baseline])
+        against = "" if name == baseline else compare_losses(losses[name], losses[baseline])
         dead = [run.summary["dead_nodes"] for run in group if run.summary["dead_nodes"] is not None]
         rows.append(
             f"| {name} | {used} of {there} | {group[0].summary['parameters']:,} | {tokens:.1f} | {speed:,.0f} | "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from fastbert_hf.data.build_corpus import CorpusSettings, build_corpus, check_validation_share
+from fastbert_hf.data.build_corpus import CorpusSettings, build_corpus, check_validation_fraction
 from fastbert_hf.data.corpus_store import StoredCorpus
 from fastbert_hf.data.masking import MaskedLanguageModelCollator, MaskedSequences
 from fastbert_hf.data.readers import check_corpus_files
@@ -38,8 +38,12 @@ class CorpusArguments:
     validation_file: list[str] = field(
         default_factory=list, metadata={"help": "held-out text files; without them part of train_file is held out"}
     )
-    validation_share: float = field(
-        default=0.02, metadata={"help": "part of the documents held out where no validation_file is given"}
+    validation_fraction: float = field(
+        default=0.02,
+        metadata={
+            "aliases": ["--validation_share"],  # its earlier name
+            "help": "part of the documents held out where no validation_file is given",
+        },
     )
     text_column: str = field(default="text", metadata={"help": "field of .jsonl and .parquet files with the text"})
     vocab_size: int = field(
@@ -48,7 +52,7 @@ class CorpusArguments:
     )
     max_eval_samples: int = field(default=512, metadata={"help": "held-out sequences used at most"})
     max_seq_length: int = field(default=128, metadata={"help": "tokens per packed sequence"})
-    mlm_probability: float = field(default=0.25, metadata={"help": "share of positions to predict"})
+    mlm_probability: float = field(default=0.25, metadata={"help": "fraction of positions to predict"})
 
 
 @dataclass
@@ -79,7 +83,7 @@ def check_corpus(options: CorpusArguments) -> None:
     """Check what can be checked before anything is read.
 
     Raises:
-        ValueError: no text or two kinds of it, a file that is missing, a count below 1, or a share out of range.
+        ValueError: no text or two kinds of it, a file that is missing, a count below 1, or a fraction out of range.
     """
     if options.max_eval_samples < 1:
         raise ValueError(f"max_eval_samples must be at least 1; got {options.max_eval_samples}")
@@ -91,7 +95,7 @@ def check_corpus(options: CorpusArguments) -> None:
     if options.validation_file:
         check_corpus_files(options.validation_file)
     else:
-        check_validation_share(options.validation_share)
+        check_validation_fraction(options.validation_fraction)
 
 
 def text_identity(options: CorpusArguments) -> dict[str, Any]:
@@ -108,7 +112,7 @@ def text_identity(options: CorpusArguments) -> dict[str, Any]:
         shards = [entry["sha256"] for split in ("train", "validation") for entry in manifest["shards"][split]]
         return {"corpus": hashlib.sha256(" ".join(shards).encode()).hexdigest()}
     digests = {name: [file_digest(Path(file)) for file in getattr(options, name)] for name in FILES}
-    return {**digests, "validation_share": options.validation_share, "text_column": options.text_column}
+    return {**digests, "validation_fraction": options.validation_fraction, "text_column": options.text_column}
 
 
 def build_corpus_beside(
@@ -137,7 +141,7 @@ def build_corpus_beside(
     )
     settings = CorpusSettings(
         options.max_seq_length,
-        options.validation_share,
+        options.validation_fraction,
         deduplicate=tokenizer_name is None,
         tokenizer_name=tokenizer_name,
         vocab_size=options.vocab_size,

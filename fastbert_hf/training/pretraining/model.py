@@ -29,7 +29,7 @@ def model_config(
         recipe: configuration fields; `model_type` defaults to "fastbert", `vocab_size` to the tokenizer's.
         tokenizer: fixes the vocabulary and the padding id.
         max_seq_length: longest sequence the run feeds.
-        sparse_prediction: share of labelled positions, 0 to compute the decoder everywhere, None to leave it to
+        sparse_prediction: fraction of labelled positions, 0 to compute the decoder everywhere, None to leave it to
             the recipe. Ignored by models without that option.
 
     Returns:
@@ -88,7 +88,7 @@ def build_model(
         path: model folder or Hub name, where there is no recipe.
         tokenizer: what makes its input.
         max_seq_length: longest sequence the run feeds.
-        sparse: share of labelled positions, 0 to compute the decoder everywhere.
+        sparse: fraction of labelled positions, 0 to compute the decoder everywhere.
         disable_dropout: build it without dropout; its configuration keeps the values.
 
     Returns:

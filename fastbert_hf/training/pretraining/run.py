@@ -49,7 +49,7 @@ BEST = (
 # Options that change no weight, that a run may go on with, or that digests stand for.
 NOT_COMPARED = (
     "overwrite_output_dir", "save_minutes", "evaluations", "verify_corpus", "mixed_precision", *UNITS,
-    "corpus", "train_file", "validation_file", "validation_share", "text_column", "vocab_size",
+    "corpus", "train_file", "validation_file", "validation_fraction", "text_column", "vocab_size",
     "model_config", "model_name_or_path", "tokenizer_name",
 )  # fmt: skip
 
@@ -70,9 +70,12 @@ class PretrainingArguments(CorpusArguments):
     budget_hours: float | None = field(
         default=None, metadata={"help": "train for so many hours of wall-clock; exactly one budget, or --max_steps"}
     )
-    budget_processor_hours: float | None = field(
+    budget_cpu_hours: float | None = field(
         default=None,
-        metadata={"help": "hours of processor time per thread: what others take on a shared machine does not count"},
+        metadata={
+            "aliases": ["--budget_processor_hours"],  # its earlier name
+            "help": "hours of processor time per thread: what others take on a shared machine does not count",
+        },
     )
     budget_tokens: float | None = field(default=None, metadata={"help": "train on so many tokens"})
     schedule: str = field(
@@ -196,7 +199,7 @@ def most_likely(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Ten
 
 
 def masked_accuracy(prediction) -> dict[str, float]:
-    """Share of predicted positions whose most likely token is the right one."""
+    """Fraction of predicted positions whose most likely token is the right one."""
     labels = prediction.label_ids
     return {"accuracy": float((prediction.predictions == labels)[labels != IGNORE_INDEX].mean())}
 
@@ -246,7 +249,7 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     if checkpoint is not None:
         trainer.resume(checkpoint)
     trainer.begin_part()
-    if clock.share < 1:
+    if clock.fraction < 1:
         train_loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
     else:  # resumed at its end: the library would take one step more
         train_loss = trainer.take_over(checkpoint)
@@ -318,7 +321,7 @@ def _trainer(
     trainer = BudgetTrainer(
         clock=clock,
         batch_size=size,
-        ramp_share=options.batch_ramp,
+        ramp_fraction=options.batch_ramp,
         follows_clock=options.schedule == "triangle",
         evaluations=options.evaluations,
         save_minutes=options.save_minutes,

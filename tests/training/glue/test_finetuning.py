@@ -81,8 +81,11 @@ def test_own_files_with_named_labels(pretrained, glue_dir, tmp_path):
     write_split(tmp_path / "train.jsonl", rows)
     files = {"train_file": tmp_path / "train.jsonl", "validation_file": tmp_path / "train.jsonl"}
     model, summary = run(pretrained, tmp_path / "out", files, max_steps=1)
-    assert summary["task"] == "own" and summary["majority_accuracy"] == 0.5 and summary["model"] == str(pretrained)
+    assert summary["task"] == "custom" and summary["majority_accuracy"] == 0.5 and summary["model"] == str(pretrained)
     assert model.config.label2id == {"minerals": 0, "plants": 1}
+    settings = tmp_path / "out" / "settings.json"
+    settings.write_text(settings.read_text().replace('"task": "custom"', '"task": "own"'))  # of an earlier version
+    assert run(pretrained, tmp_path / "out", files, max_steps=1)[1] == summary
 
 
 def test_a_finished_run_is_picked_up_not_repeated(pretrained, glue_dir, tmp_path, counted):

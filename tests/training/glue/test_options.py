@@ -59,7 +59,7 @@ def test_own_data_of_numbers_refuses_options_of_classes_before_training(pretrain
     rows = [{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}]
     write_split(tmp_path / "a.jsonl", rows)
     files = dict.fromkeys(("train_file", "validation_file"), str(tmp_path / "a.jsonl"))
-    with pytest.raises(ValueError, match="label_smoothing_factor: own has no classes"):
+    with pytest.raises(ValueError, match="label_smoothing_factor: custom has no classes"):
         run_all([pretrained], None, tmp_path / "out", label_smoothing_factor=0.1, **files)
     assert not counted and not (tmp_path / "out").exists()
 
@@ -79,7 +79,7 @@ def test_balanced_classes_and_label_smoothing_are_both_obeyed(pretrained, glue_d
 
 
 def test_the_balanced_and_smoothed_loss_by_hand():
-    task = Task("own", ("text",), ("a", "b"))
+    task = Task("custom", ("text",), ("a", "b"))
     data = TaskData(task, Split("x", [["t"] * 4], [0, 0, 0, 1]), {})
     loss = _balanced_loss(data, Head(None, [1, 0], False), label_smoothing=0.2)  # the head has b first
     logits = torch.tensor([[0.3, -0.4]])

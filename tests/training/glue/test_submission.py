@@ -28,9 +28,9 @@ def test_files_have_the_servers_names_ids_and_labels(tmp_path, task, split, answ
 
 def test_own_tasks_keep_their_names_and_scale(tmp_path):
     rows = Split("x", [["a"]], [], [0])
-    assert write_predictions(tmp_path, Task("own", ("t",), ("x", "y z")), "dev", rows, [1]).name == "dev.tsv"
+    assert write_predictions(tmp_path, Task("custom", ("t",), ("x", "y z")), "dev", rows, [1]).name == "dev.tsv"
     assert (tmp_path / "dev.tsv").read_text() == "index\tprediction\n0\ty z\n"
-    write_predictions(tmp_path, Task("own", ("t",), ()), "dev", rows, [-7.5])
+    write_predictions(tmp_path, Task("custom", ("t",), ()), "dev", rows, [-7.5])
     assert (tmp_path / "dev.tsv").read_text() == "index\tprediction\n0\t-7.500\n"
 
 

@@ -75,4 +75,4 @@ def test_chance_is_judged_by_the_spread():
 def test_repeated_seeds_are_refused_and_own_tasks_left_out(tmp_path):
     with pytest.raises(ValueError, match=r"two runs of 'a' on rte have the same seed; seeds are \[0\]"):
         collect([run("a", "rte", 0, 0.6), run("a", "rte", 0, 0.7)])
-    assert write_table([{"model": "a", "task": "own", "seed": 0}], tmp_path) == "" and not list(tmp_path.iterdir())
+    assert write_table([{"model": "a", "task": "custom", "seed": 0}], tmp_path) == "" and not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastbert_hf.training.pretraining.comparison import by_model, read_run, verdict
+from fastbert_hf.training.pretraining.comparison import by_model, compare_losses, read_run
 from fastbert_hf.training.pretraining.run import pretrain
 from tests.training.runs import arguments
 
@@ -17,10 +17,10 @@ import compare_runs
 
 
 def test_a_difference_within_the_spread_of_seeds_is_a_tie():
-    assert verdict([2.0, 2.02], [2.01, 2.05]) == "tie"
-    assert verdict([2.0, 2.02], [2.10, 2.12]) == "lower by 0.100"
-    assert verdict([2.3, 2.32], [2.10, 2.12]) == "higher by 0.200"
-    assert verdict([2.0], [3.0, 3.1]) == "one seed"
+    assert compare_losses([2.0, 2.02], [2.01, 2.05]) == "tie"
+    assert compare_losses([2.0, 2.02], [2.10, 2.12]) == "lower by 0.100"
+    assert compare_losses([2.3, 2.32], [2.10, 2.12]) == "higher by 0.200"
+    assert compare_losses([2.0], [3.0, 3.1]) == "one seed"
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,13 @@ def test_runs_that_differ_in_text_budget_or_seed_are_not_compared(runs, tmp_path
     (tmp_path / "other" / "summary.json").write_text(json.dumps({**summary, "budget": {"max_steps": 9}, "seed": 5}))
     with pytest.raises(ValueError, match="differ in budget"):
         by_model([read_run(runs[0]), read_run(tmp_path / "other")])
+    names = [("cpu_seconds", "processor_seconds"), ("budget_cpu_hours", "budget_processor_hours")]
+    for file in ("summary.json", "history.json"):  # as earlier versions wrote them
+        content = (runs[0] / file).read_text()
+        for new, old in names:
+            content = content.replace(new, old)
+        (tmp_path / "other" / file).write_text(content)
+    assert read_run(tmp_path / "other") == read_run(runs[0])
     with pytest.raises(ValueError, match="holds no finished pretraining run"):
         read_run(tmp_path)
     with pytest.raises(ValueError, match="baseline must be one of FastBERT 1x2, dense 7; got 'dense 8'"):

@@ -32,7 +32,7 @@ def command(tiny, folder, microbatch, *extra):
         "model_config": tiny / "model.yaml",
         "tokenizer_name": tiny / "tokenizer",
         "train_file": tiny / "corpus.txt",
-        "validation_share": 0.1,
+        "validation_fraction": 0.1,
         "max_seq_length": 16,
         "output_dir": folder,
         "budget_tokens": STEPS * 8 * 16,

@@ -163,7 +163,7 @@ def test_accumulated_batches_count_as_one_step(tiny, tmp_path):
         ({"train_file": []}, "no corpus file"),
         ({"train_file": ["absent.txt"]}, "absent.txt"),
         ({"validation_file": ["absent.txt"]}, "absent.txt"),
-        ({"validation_share": 2.0}, "validation_share"),
+        ({"validation_fraction": 2.0}, "validation_fraction"),
         ({"max_eval_samples": 0}, "max_eval_samples"),
         ({"max_seq_length": 4}, "max_seq_length must be at least 8; got 4"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1; got 0"),

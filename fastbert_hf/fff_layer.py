@@ -22,7 +22,42 @@ def check_sizes(activation: str, **sizes: tuple[int, int, int | None]) -> None:
         raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
 
 
-class FastFeedForward(nn.Module):
+class TreeLayer(nn.Module):
+    """What the layers of both forms of tree hold beside their parameters: sizes, which it checks.
+
+    Args:
+        max_depth: the largest depth of this form. others: further sizes of at least 1, by name.
+    Raises:
+        ValueError: a size outside its range or an unknown activation.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        depth: int,
+        trees: int,
+        activation: str,
+        initializer_range: float,
+        *,
+        max_depth: int,
+        **others: int,
+    ):
+        super().__init__()
+        check_sizes(
+            activation,
+            in_features=(in_features, 1, None),
+            out_features=(out_features, 1, None),
+            depth=(depth, 0, max_depth),
+            trees=(trees, 1, None),
+            **{name: (size, 1, None) for name, size in others.items()},
+        )
+        self.in_features, self.out_features = in_features, out_features
+        self.depth, self.trees, self.activation = depth, trees, activation
+        self.initializer_range = initializer_range
+
+
+class FastFeedForward(TreeLayer):
     """A feed-forward layer made of binary trees of neurons; each row uses depth + 1 neurons of each tree.
 
     Args:
@@ -50,17 +85,7 @@ class FastFeedForward(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        check_sizes(
-            activation,
-            in_features=(in_features, 1, None),
-            out_features=(out_features, 1, None),
-            depth=(depth, 0, MAX_DEPTH),
-            trees=(trees, 1, None),
-        )
-        self.in_features, self.out_features = in_features, out_features
-        self.depth, self.trees, self.activation = depth, trees, activation
-        self.initializer_range = initializer_range
+        super().__init__(in_features, out_features, depth, trees, activation, initializer_range, max_depth=MAX_DEPTH)
         rows = trees * nodes_per_tree(depth)
         factory = {"device": device, "dtype": dtype}
         self.weight_in = nn.Parameter(torch.empty(rows, in_features, **factory))

@@ -79,15 +79,7 @@ def check_arguments(
         and (bias_in is None or (bias_in.shape == (rows,) and bias_in.dtype == dtype and bias_in.device == device))
     ):
         return
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
-    if trees < 1 or depth < 0:
-        raise ValueError(f"trees is {trees} and depth is {depth}; expected trees >= 1 and depth >= 0")
-    if x.dim() != 2 or weight_in.dim() != 2 or weight_out.dim() != 2:
-        raise ValueError(
-            "x, weight_in and weight_out must be matrices; their shapes are "
-            f"{tuple(x.shape)}, {tuple(weight_in.shape)} and {tuple(weight_out.shape)}"
-        )
+    check_call(x, weight_in, weight_out, trees, depth, activation)
     if weight_in.shape[0] != rows or weight_out.shape[0] != rows:
         raise ValueError(
             f"{trees} trees of depth {depth} have {rows} nodes; weight_in has {weight_in.shape[0]} rows and "
@@ -97,13 +89,41 @@ def check_arguments(
         raise ValueError(f"x is {x.shape[1]} wide and weight_in {weight_in.shape[1]}; expected equal widths")
     if bias_in is not None and bias_in.shape != (rows,):
         raise ValueError(f"bias_in has shape {tuple(bias_in.shape)}; expected ({rows},)")
-    tensors = [t for t in (x, weight_in, bias_in, weight_out) if t is not None]
-    if any(t.dtype != x.dtype for t in tensors) or x.dtype not in FLOAT_DTYPES:
+    check_types(x, weight_in, bias_in, weight_out)
+
+
+def check_call(x: Tensor, weight_in: Tensor, weight_out: Tensor, trees: int, depth: int, activation: str) -> None:
+    """Check what the arguments of both forms of tree have in common, apart from dtypes and devices.
+
+    Raises:
+        ValueError: names the argument, its value and what was expected.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if trees < 1 or depth < 0:
+        raise ValueError(f"trees is {trees} and depth is {depth}; expected trees >= 1 and depth >= 0")
+    if x.dim() != 2 or weight_in.dim() != 2 or weight_out.dim() != 2:
+        raise ValueError(
+            "x, weight_in and weight_out must be matrices; their shapes are "
+            f"{tuple(x.shape)}, {tuple(weight_in.shape)} and {tuple(weight_out.shape)}"
+        )
+
+
+def check_types(*tensors: Tensor | None) -> None:
+    """Check that tensors have one dtype, one that the ops compute in, and one device.
+
+    Raises:
+        ValueError: names all dtypes or devices.
+    """
+    tensors = tuple(t for t in tensors if t is not None)
+    dtype, device = tensors[0].dtype, tensors[0].device
+    if any(t.dtype != dtype for t in tensors) or dtype not in FLOAT_DTYPES:
         raise ValueError(
             f"dtypes are {[str(t.dtype) for t in tensors]}; expected one of "
             f"{', '.join(str(dtype) for dtype in FLOAT_DTYPES)} for all (or torch.autocast)"
         )
-    raise ValueError(f"devices are {[str(t.device) for t in tensors]}; expected one device for all")
+    if any(t.device != device for t in tensors):
+        raise ValueError(f"devices are {[str(t.device) for t in tensors]}; expected one device for all")
 
 
 def parameter_rows(nodes: Tensor, depth: int) -> Tensor:

@@ -4,14 +4,14 @@
 import torch
 from torch import Tensor, nn
 
-from .fff_layer import check_sizes
+from .fff_layer import TreeLayer
 from .leaf_op import leaf_trees
 from .leaf_reference import MAX_LEAF_DEPTH, confidence_of, leaves_per_tree
 
 ROUTER_SCALE = 4.0  # standard deviation of a router's logit for rows of unit variance
 
 
-class LeafFeedForward(nn.Module):
+class LeafFeedForward(TreeLayer):
     """A feed-forward layer of binary trees whose leaves are small dense layers; each row uses one leaf of each tree.
 
     Args:
@@ -44,18 +44,11 @@ class LeafFeedForward(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        check_sizes(
-            activation,
-            in_features=(in_features, 1, None),
-            out_features=(out_features, 1, None),
-            depth=(depth, 0, MAX_LEAF_DEPTH),
-            leaf_width=(leaf_width, 1, None),
-            trees=(trees, 1, None),
-        )
-        self.in_features, self.out_features = in_features, out_features
-        self.depth, self.leaf_width, self.trees, self.activation = depth, leaf_width, trees, activation
-        self.initializer_range = initializer_range
+        super().__init__(
+            in_features, out_features, depth, trees, activation, initializer_range,
+            max_depth=MAX_LEAF_DEPTH, leaf_width=leaf_width,
+        )  # fmt: skip
+        self.leaf_width = leaf_width
         leaves = trees * leaves_per_tree(depth)
         routers, neurons = leaves - trees, leaves * leaf_width
         factory = {"device": device, "dtype": dtype}

@@ -18,6 +18,8 @@ from .fff_reference import (
     ACTIVATIONS,
     FLOAT_DTYPES,
     accumulation_dtype,
+    check_call,
+    check_types,
     gathered_dots,
     gathered_sum,
     step_down,
@@ -73,15 +75,7 @@ def _explain_arguments(
     x, router, threshold, weight_in, bias_in, weight_out, bias_out, trees: int, depth: int, activation: str
 ) -> int:
     """The checks of `check_leaf_arguments`, one by one, for their messages."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
-    if trees < 1 or depth < 0:
-        raise ValueError(f"trees is {trees} and depth is {depth}; expected trees >= 1 and depth >= 0")
-    if x.dim() != 2 or weight_in.dim() != 2 or weight_out.dim() != 2:
-        raise ValueError(
-            "x, weight_in and weight_out must be matrices; their shapes are "
-            f"{tuple(x.shape)}, {tuple(weight_in.shape)} and {tuple(weight_out.shape)}"
-        )
+    check_call(x, weight_in, weight_out, trees, depth, activation)
     leaves = trees * leaves_per_tree(depth)
     routers, neurons = leaves - trees, weight_in.shape[0]
     if neurons == 0 or neurons % leaves:
@@ -101,14 +95,7 @@ def _explain_arguments(
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
-    tensors = [x, *(tensor for tensor, _ in expected.values() if tensor is not None)]
-    if any(t.dtype != x.dtype for t in tensors) or x.dtype not in FLOAT_DTYPES:
-        raise ValueError(
-            f"dtypes are {[str(t.dtype) for t in tensors]}; expected one of "
-            f"{', '.join(str(dtype) for dtype in FLOAT_DTYPES)} for all (or torch.autocast)"
-        )
-    if any(t.device != x.device for t in tensors):
-        raise ValueError(f"devices are {[str(t.device) for t in tensors]}; expected one device for all")
+    check_types(x, *(tensor for tensor, _ in expected.values()))
     return neurons // leaves
 
 

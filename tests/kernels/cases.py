@@ -11,7 +11,13 @@ from fastbert_hf.leaf_reference import leaf_backward, leaf_forward
 from tests.forms import NODES, Form, leaves_of
 
 MARGIN = 1e-4  # on logits of order 1; float32 sums of 4096 products stay well below
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+TORCH_ACTIVATIONS = {
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.relu,
+    "silu": torch.nn.functional.silu,
+}
+ACTIVATIONS = tuple(TORCH_ACTIVATIONS)
 
 
 @dataclass

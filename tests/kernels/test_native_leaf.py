@@ -11,11 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastbert_hf.backends_fastbert import BACKENDS
-from fastbert_hf.leaf_reference import leaf_backward, leaf_forward
-from tests.kernels.cases import ACTIVATIONS, check, make_leaf_problem
-from tests.kernels.test_native_matches_reference import embedded, not_finite
-
-DTYPES = (torch.float32, torch.bfloat16)
+from tests.kernels.cases import ACTIVATIONS, TORCH_ACTIVATIONS, check, make_leaf_problem
+from tests.kernels.properties import DRAWS, DTYPES, FUNCTIONS, LAYOUTS, check_layout_and_bad_rows
 
 # rows, width, out_width, trees, depth, leaf width: empty, single, odd widths, all depths, leaves narrower and wider
 # than a register tile and than a pass over rows of weights (48), rows wider than a pass over columns (448), more rows
@@ -114,10 +111,8 @@ def test_more_rows_than_a_chunk_takes_match_reference(native_leaves):
     trees=st.integers(1, 5),
     depth=st.integers(0, 6),
     leaf_width=st.integers(1, 60),
-    activation=st.sampled_from(ACTIVATIONS),
-    bias=st.booleans(),
-    dtype=st.sampled_from(DTYPES),
-    seed=st.integers(0, 2**20),
+    **FUNCTIONS,
+    **DRAWS,
 )
 @settings(max_examples=15, deadline=None)
 def test_any_shape_matches_reference(
@@ -127,48 +122,18 @@ def test_any_shape_matches_reference(
     check(native_leaves_backend, problem)
 
 
-BAD_VALUES = st.sampled_from([float("nan"), float("inf"), -float("inf")])
-
-
 @given(
     shape=st.sampled_from([(1, 0, 7), (1, 12, 1), (2, 7, 3), (3, 5, 9), (16, 3, 2), (40, 0, 1), (30, 2, 3)]),
     rows=st.integers(0, 70),
-    widths=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    layout=st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(1, 3)),
-    one_path=st.booleans(),
-    bad=st.lists(st.tuples(st.integers(0, 69), BAD_VALUES), max_size=4),
-    dtype=st.sampled_from(DTYPES),
-    seed=st.integers(0, 2**20),
+    **LAYOUTS,
+    **DRAWS,
 )
 @settings(max_examples=20, deadline=None)
 def test_any_layout_path_and_bad_row_matches_reference(
     native_leaves_backend, shape, rows, widths, layout, one_path, bad, dtype, seed
 ):
-    native = native_leaves_backend
     problem = make_leaf_problem(rows, *widths, *shape, dtype=dtype, seed=seed)
-    if one_path and rows:
-        problem.x[:] = problem.x[:1].clone()
-    for name in (*problem.names, "grad_y"):
-        setattr(problem, name, embedded(getattr(problem, name), *layout))
-    check(native, problem)
-
-    clean = native.forward(problem.x, *problem.parameters())
-    good = torch.ones(rows, dtype=torch.bool)
-    for row, value in bad:
-        if row < rows:
-            problem.x[row, row % widths[0]] = value
-            good[row] = False
-    wide = problem.double()
-    y, *saved = native.forward(problem.x, *problem.parameters())
-    expected_y, *expected = leaf_forward(wide.x, *wide.parameters())
-    assert all(torch.equal(a[good], b[good]) for a, b in zip((y, *saved), clean))
-    assert torch.equal(saved[0], expected[0]) and torch.equal(saved[1], expected[1])  # leaves, deciders
-    assert all(torch.equal(a, b) for a, b in zip(not_finite([y, *saved]), not_finite([expected_y, *expected])))
-    given_saved = [t.double() if t.is_floating_point() else t for t in saved]
-    gradients = problem.backward(native, saved)
-    wanted = leaf_backward(wide.grad_y, *wide.tensors(), *given_saved, problem.activation, problem.output_mask)
-    for name, a, b in zip(problem.names, not_finite(gradients), not_finite(wanted)):
-        assert torch.equal(a, b), name
+    check_layout_and_bad_rows(native_leaves_backend, problem, one_path, layout, bad)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 60])
@@ -213,12 +178,7 @@ def test_activations_and_confidence_are_accurate_over_their_range(native_leaves,
     """A leaf of one neuron with weight 1 returns activation(x), half of it behind a tie; one that is reached
     at x returns sigmoid(|x|): against float64, Inf and NaN included."""
     x = torch.cat([torch.linspace(-90, 90, 4001), torch.linspace(-5, 5, 4001), torch.tensor([1e-30, -1e-30])])
-    function = {
-        "gelu": torch.nn.functional.gelu,
-        "gelu_tanh": lambda a: torch.nn.functional.gelu(a, approximate="tanh"),
-        "relu": torch.relu,
-        "silu": torch.nn.functional.silu,
-    }[activation]
+    function = TORCH_ACTIVATIONS[activation]
     one, no_router, tie = torch.ones(1, 1), (torch.zeros(0, 1), torch.zeros(0)), (torch.zeros(1, 1), torch.zeros(1))
     for router, leaves, confidence in ((no_router, 1, 1.0), (tie, 2, 0.5)):
         weights = (one.repeat(leaves, 1), None, one.repeat(leaves, 1), None)

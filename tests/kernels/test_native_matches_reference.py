@@ -7,10 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastbert_hf.fff_reference import fff_backward, fff_forward
-from tests.kernels.cases import ACTIVATIONS, check, make_problem
-
-DTYPES = (torch.float32, torch.bfloat16)
+from tests.kernels.cases import ACTIVATIONS, TORCH_ACTIVATIONS, check, make_problem
+from tests.kernels.properties import DRAWS, DTYPES, FUNCTIONS, LAYOUTS, check_layout_and_bad_rows
 
 # rows, width, out_width, trees, depth: empty, single, odd widths, wider than a register tile, deep, many trees,
 # more rows than a block (256), a segment (512) and both stages of the walk
@@ -74,10 +72,8 @@ def test_matrices_written_past_the_caches_match_reference(native, instruction_se
     out_width=st.integers(1, 70),
     trees=st.integers(1, 6),
     depth=st.integers(0, 7),
-    activation=st.sampled_from(ACTIVATIONS),
-    bias=st.booleans(),
-    dtype=st.sampled_from(DTYPES),
-    seed=st.integers(0, 2**20),
+    **FUNCTIONS,
+    **DRAWS,
 )
 @settings(max_examples=40, deadline=None)
 def test_any_shape_matches_reference(
@@ -86,64 +82,18 @@ def test_any_shape_matches_reference(
     check(native_backend, make_problem(rows, width, out_width, trees, depth, activation, bias, dtype, seed))
 
 
-def embedded(tensor, offset, gap, step):
-    """The same values as a view into a NaN-filled buffer: columns `step` apart, `gap` more between rows."""
-    if tensor.dim() == 1:
-        return embedded(tensor.unsqueeze(1), offset, gap, step).squeeze(1)
-    rows, width = tensor.shape
-    stride = width * step + gap
-    buffer = torch.full((offset + rows * stride,), float("nan"), dtype=tensor.dtype)
-    view = buffer.as_strided((rows, width), (stride, step), offset)
-    view.copy_(tensor)
-    return view
-
-
-def not_finite(tensors):
-    return [None if t is None else t.isfinite().logical_not() for t in tensors]
-
-
 @given(
     shape=st.sampled_from([(1, 0), (1, 12), (2, 10), (3, 5), (7, 3), (16, 4), (64, 0), (64, 1), (64, 3)]),
     rows=st.integers(0, 90),
-    widths=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    layout=st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(1, 3)),
-    one_path=st.booleans(),
-    bad=st.lists(
-        st.tuples(st.integers(0, 89), st.sampled_from([float("nan"), float("inf"), -float("inf")])), max_size=4
-    ),
-    dtype=st.sampled_from(DTYPES),
-    seed=st.integers(0, 2**20),
+    **LAYOUTS,
+    **DRAWS,
 )
 @settings(max_examples=40, deadline=None)
 def test_any_layout_path_and_bad_row_matches_reference(
     native_backend, shape, rows, widths, layout, one_path, bad, dtype, seed
 ):
     problem = make_problem(rows, *widths, *shape, dtype=dtype, seed=seed)
-    if one_path and rows:
-        problem.x[:] = problem.x[:1].clone()
-    for name in ("x", "weight_in", "bias_in", "weight_out", "grad_y"):
-        setattr(problem, name, embedded(getattr(problem, name), *layout))
-    check(native_backend, problem)
-
-    clean = native_backend.forward(problem.x, *problem.parameters())
-    good = torch.ones(rows, dtype=torch.bool)
-    for row, value in bad:
-        if row < rows:
-            problem.x[row, row % widths[0]] = value
-            good[row] = False
-    wide = problem.double()
-    y, visited, logits = native_backend.forward(problem.x, *problem.parameters())
-    expected_y, expected_visited, _ = fff_forward(wide.x, *wide.parameters())
-    assert all(torch.equal(a[good], b[good]) for a, b in zip((y, visited, logits), clean))
-    assert torch.equal(visited, expected_visited)
-    assert torch.equal(y.isfinite(), expected_y.isfinite())
-    weights = (problem.x, problem.weight_in, problem.bias_in, problem.weight_out)
-    wide_weights = (wide.x, wide.weight_in, wide.bias_in, wide.weight_out)
-    rest = (visited, logits, problem.activation, problem.output_mask)
-    gradients = native_backend.backward(problem.grad_y, *weights, *rest)
-    expected = fff_backward(wide.grad_y, *wide_weights, visited, logits.double(), *rest[2:])
-    for actual, wanted in zip(not_finite(gradients), not_finite(expected)):
-        assert torch.equal(actual, wanted)
+    check_layout_and_bad_rows(native_backend, problem, one_path, layout, bad)
 
 
 @pytest.mark.parametrize("tie", [0.0, -0.0, float("nan")])
@@ -228,12 +178,7 @@ def test_activations_are_accurate_over_their_range(native, instruction_set, acti
     """A tree of one node with weight 1 returns activation(x): against float64, Inf and NaN included."""
     logits = torch.cat([torch.linspace(-90, 90, 4001), torch.linspace(-5, 5, 4001), torch.tensor([1e-30, -1e-30])])
     one = torch.ones(1, 1)
-    function = {
-        "gelu": torch.nn.functional.gelu,
-        "gelu_tanh": lambda a: torch.nn.functional.gelu(a, approximate="tanh"),
-        "relu": torch.relu,
-        "silu": torch.nn.functional.silu,
-    }[activation]
+    function = TORCH_ACTIVATIONS[activation]
     y = native.infer(logits.unsqueeze(1), one, None, one, 1, 0, activation).squeeze(1)
     error = (y.double() - function(logits.double())).abs() / (1e-3 + logits.double().abs())
     assert error.max() < 2.5e-7

@@ -1,5 +1,6 @@
 """What both ops promise alike: the numbers of an independent dense oracle, and PyTorch's machinery around them."""
 
+import copy
 import subprocess
 import sys
 
@@ -210,6 +211,15 @@ def test_compiled_layer_equals_eager_with_gradients(form):
             y.square().sum().backward()
             results.append([y, x.grad, *(p.grad for p in layer.parameters())])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_state_of_a_layer_survives_copies_and_dtypes(form):
+    layer = form.layer(8, 8, 2, bias=False)
+    assert all(getattr(layer, name) is None for name in form.biases)
+    assert set(layer.state_dict()) == set(form.parameter_names) - set(form.biases)
+    x = torch.randn(3, 8)
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+    assert layer.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_meta_and_fake_tensors_have_the_shapes_of_a_call(form):

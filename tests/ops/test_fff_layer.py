@@ -1,7 +1,5 @@
 """FastFeedForward: shapes, initialisation, errors."""
 
-import copy
-
 import pytest
 import torch
 
@@ -32,14 +30,6 @@ def test_initialisation_is_normal_with_zero_bias():
     layer = FastFeedForward(64, 64, depth=7, initializer_range=0.5)
     assert abs(layer.weight_in.std().item() - 0.5) < 0.02 and abs(layer.weight_out.std().item() - 0.5) < 0.02
     assert (layer.bias_in == 0).all()
-
-
-def test_state_survives_copies_and_dtypes():
-    layer = FastFeedForward(8, 8, depth=2, bias=False)
-    assert layer.bias_in is None and set(layer.state_dict()) == {"weight_in", "weight_out"}
-    x = torch.randn(3, 8)
-    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
-    assert layer.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

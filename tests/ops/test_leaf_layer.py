@@ -1,7 +1,5 @@
 """LeafFeedForward: shapes, routes, counts, initialisation, errors."""
 
-import copy
-
 import pytest
 import torch
 
@@ -59,15 +57,6 @@ def test_tokens_of_each_leaf_are_counted_in_training_where_asked(compiled):
     layer.eval()
     run(x)
     assert torch.equal(layer.leaf_counts, 2 * expected) and "leaf_counts" not in layer.state_dict()
-
-
-def test_state_survives_copies_and_dtypes():
-    layer = LeafFeedForward(8, 8, depth=2, leaf_width=3, bias=False)
-    assert layer.bias_in is layer.bias_out is None
-    assert set(layer.state_dict()) == {"router", "threshold", "weight_in", "weight_out"}
-    x = torch.randn(3, 8)
-    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
-    assert layer.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -252,7 +252,8 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     if clock.fraction < 1:
         train_loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
     else:  # resumed at its end: the library would take one step more
-        train_loss = trainer.take_over(checkpoint)
+        trainer.take_over(checkpoint)
+        train_loss = None
     metrics = trainer.evaluate()
     if not math.isfinite(metrics["eval_loss"]):
         raise ValueError(f"training diverged: the held-out loss is {metrics['eval_loss']}; try a lower learning rate")

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tests.kernels.cases import ACTIVATIONS, check, make_problem
+from tests.kernels.cases import ACTIVATIONS, TORCH_ACTIVATIONS, check, make_problem
 from tests.kernels.triton_kernels.conftest import CHUNK, DTYPES, INTERPRETED, shapes_and_dtypes
 
 # rows, width, out_width, trees, depth
@@ -113,12 +113,7 @@ def test_activations_are_accurate_over_their_range(triton, activation):
     one = torch.ones(1, 1)
     steps = 40 if INTERPRETED else 200
     logits = torch.cat([torch.linspace(-90, 90, steps), torch.linspace(-5, 5, steps), torch.tensor([1e-30, -1e-30])])
-    function = {
-        "gelu": torch.nn.functional.gelu,
-        "gelu_tanh": lambda a: torch.nn.functional.gelu(a, approximate="tanh"),
-        "relu": torch.relu,
-        "silu": torch.nn.functional.silu,
-    }[activation]
+    function = TORCH_ACTIVATIONS[activation]
     y = triton.infer(logits.unsqueeze(1), one, None, one, 1, 0, activation).squeeze(1)
     error = (y.double() - function(logits.double())).abs() / (1e-3 + logits.double().abs())
     assert error.max() < 5e-7

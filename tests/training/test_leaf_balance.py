@@ -34,7 +34,7 @@ def rows(count=2000, seed=0):
     return torch.randn(count, 8, generator=torch.Generator().manual_seed(seed)) + 3
 
 
-def shares(layer, x):
+def leaf_fractions(layer, x):
     leaves = layer.route(x)[0]
     return [torch.bincount(leaves[:, tree], minlength=2**layer.depth) / len(x) for tree in range(layer.trees)]
 
@@ -56,14 +56,15 @@ def test_the_step_is_the_excess_to_the_right_weighted_by_rows():
 
 
 def test_thresholds_find_the_medians_of_what_reaches_them():
+    torch.manual_seed(0)
     layer = LeafFeedForward(8, 8, depth=4, leaf_width=2, trees=2).train()
-    before = shares(layer, rows(seed=1))
+    before = leaf_fractions(layer, rows(seed=1))
     start_counting(layer)
     with torch.no_grad():
         for step in range(120):
             layer(rows(1000, seed=10 + step))
             balance_leaves(layer, 3.0)
-    after = shares(layer, rows(20000, seed=2))
+    after = leaf_fractions(layer, rows(20000, seed=2))
     for tree in range(2):
         assert before[tree].max() > 0.25  # rows have a mean that random routers do not know
         assert after[tree].min() > 0.6 / 16 and after[tree].max() < 1.4 / 16

@@ -1,4 +1,4 @@
-"""Pictures of a benchmark: time per token against tokens, speed-up against depth."""
+"""Pictures of a benchmark: time per token against tokens, speed-up against depth, quality against latency."""
 
 from pathlib import Path
 
@@ -51,6 +51,22 @@ def plot_speedup_against_depth(rows: list[Row], path: Path) -> None:
         axis.set(yscale="log", xlabel="depth D", ylabel="speed-up over dense", title=f"{count} thread(s)")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+def plot_quality_against_latency(
+    points: dict[str, tuple[float, list[float]]], case: str, data: str, path: Path
+) -> None:
+    """Score against milliseconds, a point a model: name -> (ms, the score of each seed)."""
+    figure, (axis,) = _panels(1)
+    for name, (milliseconds, scores) in points.items():
+        mean = sum(scores) / len(scores)
+        axis.errorbar(
+            milliseconds, mean, yerr=[[mean - min(scores)], [max(scores) - mean]], marker="o", capsize=3, linestyle=""
+        )
+        axis.annotate(name, (milliseconds, mean), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    axis.set(xlabel=f"ms, {case}, one thread", ylabel=f"score on {data}")
+    axis.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
 

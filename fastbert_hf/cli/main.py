@@ -14,6 +14,7 @@ COMMANDS = {
     "compare": ("compare", "compare finished pretraining runs"),
     "glue": ("glue", "fine-tune and evaluate classifiers on GLUE tasks or own data"),
     "distill": ("distill", "make a model that you have faster: trees in place of its feed-forward layers"),
+    "distill compare": ("compare_distilled", "compare distilled models: quality beside speed"),
     "distill fit-layers": ("fit_layers", "fit trees to a dense layer of a trained model"),
     "push": ("push", "push a model folder to the Hub"),
     "pull": ("pull", "take a model from the Hub"),

@@ -1,0 +1,73 @@
+"""Comparing distilled models: the share of the gap, what may be compared, and the files."""
+
+import json
+
+import pytest
+import torch
+
+from fastbert_hf import FastBertConfig, FastBertModel
+from fastbert_hf.benchmarks import distilled_runs
+from fastbert_hf.benchmarks.distilled_runs import compare_distilled, format_runs, load_runs
+
+
+def summary(form, student, **changes):
+    scores = {"data/stsb/validation.jsonl": {"teacher": 0.9, "fitted": 0.5, "student": student}}
+    found = {"distilled_from": "model", "steps": 10, "form": form, "neurons_per_token": 4, "neurons_per_layer": 8}
+    return found | {"scores": scores, "eval_hidden_error": 0.25, "eval_cosine_distance": 0.125} | changes
+
+
+def write(folder, content):
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def test_the_gap_is_that_between_no_feed_forward_and_the_teacher():
+    runs = {"leaf:1x4": [summary("leaf:1x4", 0.8), summary("leaf:1x4", 0.9)], "dense:1": [summary("dense:1", 0.7)]}
+    lines = format_runs(runs, {"teacher": 30.0, "leaf:1x4": 15.0, "dense:1": 10.0}, (1, 128)).splitlines()
+    assert lines[2] == "| teacher | all |  | 30.0 | 1 | 90.00 | 100 % | 0 | 0 |"
+    assert lines[3] == "| dense:1 | 4 of 8 | 1 | 10.0 | 3.00x | 70.00 | 0 % | 0.250 | 0.125 |"
+    assert lines[4] == (
+        "| leaf:1x4 | 4 of 8 | 2 | 15.0 | 2.00x | 85.00 (80.00, 90.00) | 75 % | 0.250 (0.250, 0.250) "
+        "| 0.125 (0.125, 0.125) |"
+    )
+    worse = {**runs, "dense:1": [summary("dense:1", 0.95)]}
+    assert "no gap" in format_runs(worse, {"teacher": 30.0, "leaf:1x4": 15.0, "dense:1": 10.0}, (1, 128))
+
+
+def test_only_like_runs_are_compared(tmp_path):
+    nothing = write(tmp_path / "a", summary("dense:1", 0.7))
+    longer = write(tmp_path / "b", summary("dense:8", 0.8, steps=11))
+    other = write(tmp_path / "c", summary("dense:8", 0.8, distilled_from="another"))
+    fine = write(tmp_path / "d", summary("dense:8", 0.8))
+    assert set(load_runs([nothing, fine])) == {"dense:1", "dense:8"}
+    with pytest.raises(ValueError, match="steps is 11 and 10"):
+        load_runs([nothing, longer])
+    with pytest.raises(ValueError, match="distilled_from is 'another' and 'model'"):
+        load_runs([nothing, other])
+    with pytest.raises(ValueError, match="expected a run of --form dense:1"):
+        load_runs([fine])
+    with pytest.raises(ValueError, match="holds no finished distillation"):
+        load_runs([nothing, str(tmp_path)])
+
+
+def test_a_comparison_measures_every_form_once_and_writes_table_numbers_and_picture(tmp_path, monkeypatch):
+    folders = []
+    for number, width in enumerate((1, 8, 8)):
+        folders.append(write(tmp_path / str(number), summary(f"dense:{width}", 0.7 + 0.1 * number)))
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = FastBertModel(FastBertConfig(**sizes, ffn_type="dense", intermediate_size=width))
+        model.save_pretrained(folders[-1])
+
+    class Teacher:
+        max_seq_length = 64
+
+    monkeypatch.setattr(distilled_runs, "load_teacher", lambda name: Teacher())
+    monkeypatch.setattr(distilled_runs, "original_encoder", lambda teacher: model)
+    table = compare_distilled(folders, str(tmp_path / "out"), rounds=1)
+    out = tmp_path / "out"
+    assert (out / "comparison.md").read_text() == table + "\n" and (out / "comparison.png").stat().st_size > 0
+    found = json.loads((out / "comparison.json").read_text())
+    assert set(found["milliseconds"]) == {"teacher", "dense:1", "dense:8"} and found["case"] == [1, 64]
+    assert "| dense:8 | 4 of 8 | 2 |" in table and "85.00 (80.00, 90.00)" in table

@@ -1,6 +1,7 @@
 """What a person sees while a model trains within a budget: a bar over it and one line for every logged step."""
 
 import time
+from collections.abc import Mapping
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -8,15 +9,16 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from fastbert_hf.training.budget_trainer import BudgetTrainer
 
 
-def show_budget(trainer: BudgetTrainer) -> None:
+def show_budget(trainer: BudgetTrainer, words: Mapping[str, str] | None = None) -> None:
     """Replace the library's bar and printer, which count steps.
 
     Args:
         trainer: not yet training.
+        words: as for `BudgetProgress`.
     """
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(BudgetProgress(trainer))
+    trainer.add_callback(BudgetProgress(trainer, words))
 
 
 class BudgetProgress(TrainerCallback):
@@ -24,10 +26,11 @@ class BudgetProgress(TrainerCallback):
 
     Args:
         trainer: whose clock is shown.
+        words: further entries of the log that are shown, and what they are called.
     """
 
-    def __init__(self, trainer: BudgetTrainer):
-        self.trainer = trainer
+    def __init__(self, trainer: BudgetTrainer, words: Mapping[str, str] | None = None):
+        self.trainer, self.words = trainer, dict(words or {})
         self.bar = None
         self.began = (0.0, 0)
 
@@ -56,7 +59,8 @@ class BudgetProgress(TrainerCallback):
         """One line: the loss, or what an evaluation found."""
         if not state.is_world_process_zero or not logs:
             return
-        shown = {name: logs[name] for name in ("loss", "eval_loss", "eval_accuracy", "grad_norm") if name in logs}
+        words = {name: name for name in ("loss", "eval_loss", "eval_accuracy", "grad_norm")} | self.words
+        shown = {words[name]: logs[name] for name in words if name in logs}
         if not shown:
             return
         if "loss" in logs:

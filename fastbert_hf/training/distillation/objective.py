@@ -17,6 +17,15 @@ from fastbert_hf.modeling_fastbert import (
     FastBertModel,
 )
 
+# the parts of the loss, in words
+WORDS = {
+    "hidden_error": "hidden-state error",
+    "cosine_distance": "1 - cosine of the embeddings",
+    "similarity_error": "squared error of similarities",
+    "divergence": "divergence of the head, nats",
+    "score_error": "squared error of the score",
+}
+
 Embed = Callable[[Tensor, Tensor], Tensor]  # (B, T, H) and the mask (B, T) -> (B, E)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastbert_hf.hub.card import DISTILLED_FROM
+from fastbert_hf.training.distillation.objective import WORDS
 
 NOT_TESTED = (
     "Other text than that named above, other languages, social bias, and tasks that are not in the table of scores. "
@@ -34,9 +35,7 @@ def render_report(summary: Mapping[str, Any]) -> str:
             lines.append(f"| {file} | {row['teacher']:.4f} | {row['fitted']:.4f} | {row['student']:.4f} |")
         lines += ["", "Rank correlation for embedders and regression, share of right answers for classifiers.", ""]
     lines += ["| on held-out text | after fitting the layers | this model |", "|---|---|---|"]
-    names = {"hidden_error": "hidden-state error, last layer", "cosine_distance": "1 - cosine of the embeddings"}
-    names |= {"similarity_error": "squared error of similarities", "divergence": "divergence of the head, nats"}
-    names |= {"score_error": "squared error of the score"}
+    names = WORDS | {"hidden_error": "hidden-state error, last layer"}
     for name, words in names.items():
         if f"eval_{name}" in summary:
             lines.append(f"| {words} | {summary[f'fitted_{name}']:.4f} | {summary[f'eval_{name}']:.4f} |")

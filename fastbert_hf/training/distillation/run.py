@@ -24,7 +24,7 @@ from fastbert_hf.modeling_fastbert import FastBertForMaskedLM, FastBertForSequen
 from fastbert_hf.training.budget import BudgetClock
 from fastbert_hf.training.budget_progress import show_budget
 from fastbert_hf.training.checkpoints import find_checkpoint, remove_checkpoints
-from fastbert_hf.training.distillation.objective import HiddenScale
+from fastbert_hf.training.distillation.objective import WORDS, HiddenScale
 from fastbert_hf.training.distillation.scores import check_labelled, score
 from fastbert_hf.training.distillation.settings import DistillationArguments, run_provenance
 from fastbert_hf.training.distillation.stages import STAGES, Stages
@@ -245,7 +245,8 @@ def _trainer(run: Run, student: Student) -> DistillationTrainer:
     )
     if leaf_layers(student.model):
         add_balance(trainer, options.balance_leaves)
-    show_budget(trainer)
+    held_out = {f"{when}_{name}": f"held-out {words}" for when in ("fitted", "eval") for name, words in WORDS.items()}
+    show_budget(trainer, WORDS | held_out)
     return trainer
 
 

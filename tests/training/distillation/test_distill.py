@@ -85,6 +85,16 @@ def test_a_bert_becomes_a_faster_model_and_a_page_says_what_it_lost(tiny, bert, 
     assert not (tmp_path / "layers" / "inputs").exists()
 
 
+def test_progress_is_in_words(tiny, bert, tmp_path, capsys):
+    distill(bert, tiny / "corpus.txt", tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        sum(bool(re.match(r"layer \d of 2 fitted in \d+ s: it explains -?\d+\.\d% of", line)) for line in lines) == 2
+    )
+    assert any("budget 33.3%" in line and "hidden-state error " in line for line in lines)
+    assert sum("held-out hidden-state error " in line for line in lines) == 2
+
+
 def test_the_embeddings_are_those_of_the_teacher(tiny, bert, tmp_path):
     distill(bert, tiny / "corpus.txt", tmp_path)
     student, teacher = AutoModel.from_pretrained(tmp_path), FastBertModel.from_pretrained(bert)

@@ -8,60 +8,15 @@ import shutil
 import pytest
 import torch
 import transformers
-from transformers import AutoModel, AutoTokenizer, BertConfig
+from transformers import AutoModel, AutoTokenizer
 
 from fastbert_hf import FastBertForSequenceClassification, FastBertModel, LeafFeedForward
-from fastbert_hf.cli import distill as command
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.training.distillation import student_fit
 from fastbert_hf.training.distillation.texts import TextBatches, read_texts
 from fastbert_hf.training.distillation.trainer import DistillationTrainer
 from tests.clients.helpers import run_without_package
-
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-OPTIONS = {
-    "fff_depth": 2, "fff_leaf_width": 6, "fit_steps": 30, "fit_rows": 2000, "fit_rows_per_step": 64,
-    "max_steps": 12, "batch_size": 8, "held_out_texts": 24, "learning_rate": 3e-3, "logging_steps": 4,
-    "disable_tqdm": True, "measure_speed": False,
-}  # fmt: skip
-
-
-def save_bert(tiny, folder, head="Model", **changes):
-    """A random BERT with the tiny tokenizer; its weights are large enough that layers do something."""
-    tokenizer = load_tokenizer(tiny / "tokenizer")
-    torch.manual_seed(0)
-    sizes = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 32, "initializer_range": 0.3}
-    model = getattr(transformers, f"Bert{head}")(BertConfig(**sizes, pad_token_id=tokenizer.pad_token_id, **changes))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def bert(tiny, tmp_path_factory):
-    folder = save_bert(tiny, tmp_path_factory.mktemp("bert"))
-    (folder / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def embedder(bert, tmp_path_factory):
-    """A model of sentence-transformers with pooling, normalisation, a prompt and a limit of its own."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-
-    modules = [Transformer(str(bert), max_seq_length=20), Pooling(SIZES["hidden_size"], "mean"), Normalize()]
-    model = SentenceTransformer(modules=modules, prompts={"query": "the river "}, device="cpu")
-    folder = tmp_path_factory.mktemp("embedder") / "model"
-    model.save(str(folder))
-    return folder
-
-
-def distill(model, text, folder, **changes):
-    """Run the command; its summary."""
-    options = {"model_name_or_path": model, "train_file": text, "output_dir": folder, **OPTIONS, **changes}
-    options = {name: value for name, value in options.items() if value is not None}
-    return command.main([token for name, value in options.items() for token in (f"--{name}", str(value))])
+from tests.training.distillation.runs import distill, save_bert
 
 
 def test_a_bert_becomes_a_faster_model_and_a_page_says_what_it_lost(tiny, bert, tmp_path):

@@ -5,6 +5,7 @@ trained model's layer, a few dimensions hold nearly all the raw variance.
 """
 
 import dataclasses
+import math
 import re
 
 import torch
@@ -193,7 +194,7 @@ def fit_layer(layer: nn.Module, x: Tensor, targets: Tensor, settings: FitSetting
         settings: how.
 
     Returns:
-        The mean squared error of the last tenth of the steps.
+        The mean squared error of the last tenth of the steps; NaN where there is no step.
 
     Raises:
         ValueError: the error is no longer finite.
@@ -203,7 +204,7 @@ def fit_layer(layer: nn.Module, x: Tensor, targets: Tensor, settings: FitSetting
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     layer.train()
     start_counting(layer)
-    losses = []
+    losses: list[float] = []
     for step in range(settings.steps):
         rows = torch.randint(len(x), (settings.rows_per_step,), generator=draw)
         loss = nn.functional.mse_loss(layer(x[rows]), targets[rows])
@@ -217,7 +218,7 @@ def fit_layer(layer: nn.Module, x: Tensor, targets: Tensor, settings: FitSetting
         schedule.step()
     stop_counting(layer)
     last = losses[-max(1, settings.steps // 10) :]
-    return sum(last) / len(last)
+    return sum(last) / len(last) if last else math.nan
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Fitting one layer to another: the figure is right, fits learn, and the command writes a table."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,14 @@ def test_flat_leaves_are_a_weighted_leaf_by_definition(problem):
         torch.testing.assert_close(layer(x)[row], expected, atol=1e-4, rtol=1e-4)
     taken = torch.bincount(probabilities.argmax(-1), minlength=4)
     assert taken.min() > len(x) / 40
+
+
+def test_a_fit_of_no_steps_changes_nothing(problem):
+    dense, x, _ = problem
+    layer = make_layer("leaf:2x4", dense, x, "gelu")
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    assert math.isnan(fit_layer(layer, x, outputs_of(dense, x, "gelu"), FitSettings(steps=0)))
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
 def test_a_fit_that_diverges_is_named(problem):

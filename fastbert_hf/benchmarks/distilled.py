@@ -28,8 +28,8 @@ def one_thread() -> Iterator[None]:
 
 
 def original_encoder(teacher: Teacher) -> PreTrainedModel:
-    """The encoder as Transformers runs it."""
-    return AutoModel.from_pretrained(teacher.folder).eval()
+    """The encoder as Transformers runs it, in float32."""
+    return AutoModel.from_pretrained(teacher.folder, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -47,8 +47,8 @@ def speed(models: dict[str, nn.Module], case: tuple[int, int], rounds: int = 7) 
 
 
 def speed_rows(student: PreTrainedModel, teacher: Teacher) -> list[dict[str, Any]]:
-    """Milliseconds of the original and of the student in each of `CASES`."""
-    models = {"teacher": original_encoder(teacher), "student": encoder_of(student).eval()}
+    """Milliseconds of the original and of the student in each of `CASES`, on the CPU: the student moves there."""
+    models = {"teacher": original_encoder(teacher), "student": encoder_of(student).cpu().eval()}
     rows = []
     for case in CASES:
         if case[1] <= teacher.max_seq_length:

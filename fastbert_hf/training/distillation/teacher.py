@@ -5,6 +5,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
@@ -20,7 +21,12 @@ from fastbert_hf.training.distillation.student import dense_feed_forward, encode
 
 MODULES = "modules.json"
 # files of sentence-transformers beside modules.json and the folders that it names
-EMBEDDER_FILES = (MODULES, "sentence_bert_config.json", "config_sentence_transformers.json")
+# the longest text stands in a file that older versions named after the architecture
+EMBEDDER_FILES = (
+    MODULES,
+    "config_sentence_transformers.json",
+    *(f"sentence_{name}_config.json" for name in ("bert", "roberta", "distilbert", "camembert", "xlm-roberta")),
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Teacher:
     """What a student learns from.
 
     Attributes:
-        folder: where its files are. model: as a dense FastBERT. tokenizer: its own.
+        folder: where its files are. model: as a dense FastBERT, float32. tokenizer: its own.
         embed: for sentence embedders, from the last hidden states and the mask to embeddings; otherwise None.
         max_seq_length: tokens of the longest text that it is meant for.
     """
@@ -76,20 +82,41 @@ def load_teacher(name: str) -> Teacher:
     is_embedder = (folder / MODULES).is_file()
     if is_embedder:
         require_extra("embedding")
-        first = json.loads((folder / MODULES).read_text(encoding="utf-8"))[0].get("path", "")
+        first = module_paths(folder)[0]
         if first:
             raise ValueError(f"the transformer of {name!r} lies in its folder {first!r}; expected it in the main one")
     try:
         config = FastBertConfig.from_pretrained(folder)
-        model = model_class(config, stored_architectures(folder), is_embedder).from_pretrained(folder, config=config)
+        found = model_class(config, stored_architectures(folder), is_embedder)
+        model = found.from_pretrained(folder, config=config, dtype=torch.float32)  # weights may be stored in 16 bits
     except OSError as error:
         raise ValueError(f"no model can be loaded from {name!r}: {str(error).strip().splitlines()[0]}") from error
     dense_feed_forward(encoder_of(model))
     tokenizer = load_tokenizer(folder)
-    embed, longest = None, config.longest_sequence
-    if is_embedder:
-        embed, longest = _embedding_of(folder)
-    return Teacher(folder, model.eval(), tokenizer, embed, min(longest or 512, tokenizer.model_max_length))
+    longest = min(config.longest_sequence, tokenizer.model_max_length)
+    if not is_embedder:
+        return Teacher(folder, model.eval(), tokenizer, None, longest)
+    embed, own_longest = _embedding_of(folder, config.hidden_size)
+    return Teacher(folder, model.eval(), tokenizer, embed, min(longest, own_longest or longest))
+
+
+def module_paths(folder: Path) -> list[str]:
+    """The folders of the modules of an embedder, as modules.json names them; the main folder is "".
+
+    Raises:
+        ValueError: the file is not a list of modules, or names a folder outside the model's own.
+    """
+    file = folder / MODULES
+    try:
+        paths = [module.get("path", "") for module in json.loads(file.read_text(encoding="utf-8"))]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{str(file)!r} cannot be read: {error}") from error
+    if not paths:
+        raise ValueError(f"{str(file)!r} names no module")
+    for path in paths:
+        if not isinstance(path, str) or Path(path).is_absolute() or ".." in Path(path).parts:
+            raise ValueError(f"{str(file)!r} names the folder {path!r}; expected one inside the model's")
+    return paths
 
 
 def stored_architectures(folder: Path) -> list[str]:
@@ -118,12 +145,13 @@ def model_class(
     return found
 
 
-def _embedding_of(folder: Path) -> tuple[Embed, int]:
-    """What a model of sentence-transformers does with hidden states, and its longest text in tokens."""
-    from sentence_transformers import SentenceTransformer
+def _embedding_of(folder: Path, hidden_size: int) -> tuple[Embed, int | None]:
+    """What a model of sentence-transformers does with hidden states, and its longest text in tokens.
 
-    embedder = SentenceTransformer(str(folder), device="cpu")
-    modules = nn.ModuleList(list(embedder)[1:])
+    Raises:
+        ValueError: its modules cannot be loaded, or need something else than hidden states and mask.
+    """
+    from sentence_transformers import SentenceTransformer
 
     def embed(hidden: Tensor, mask: Tensor) -> Tensor:
         modules.to(hidden.device)
@@ -132,7 +160,13 @@ def _embedding_of(folder: Path) -> tuple[Embed, int]:
             features = module(features)
         return features["sentence_embedding"]
 
-    modules.eval().requires_grad_(False)
+    try:
+        embedder = SentenceTransformer(str(folder), device="cpu")
+        modules = nn.ModuleList(list(embedder)[1:]).float().eval().requires_grad_(False)
+        embed(torch.zeros(1, 2, hidden_size), torch.ones(1, 2, dtype=torch.int64))
+    except Exception as error:  # modules are of any kind
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        raise ValueError(f"the modules of {str(folder)!r} cannot be used: {reason}") from error
     return embed, embedder.max_seq_length
 
 
@@ -140,10 +174,10 @@ def copy_embedder(source: Path, target: Path) -> None:
     """Copy what makes a folder a model of sentence-transformers: pooling, normalisation, prompts, longest text."""
     if not (source / MODULES).is_file():
         return
+    paths = module_paths(source)
     for name in EMBEDDER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    for module in json.loads((source / MODULES).read_text(encoding="utf-8")):
-        path = module.get("path", "")
+    for path in paths:
         if path and (source / path).is_dir():  # a module without settings has no files, and a Hub no empty folders
             shutil.copytree(source / path, target / path, dirs_exist_ok=True)

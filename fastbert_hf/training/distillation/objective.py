@@ -84,9 +84,12 @@ def embedding_parts(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of the student's from the teacher's distribution, in nats: logits (N, C) -> ()."""
+    """Kullback-Leibler divergence of the student's from the teacher's distribution, in nats: logits (N, C) -> ().
+
+    Zero where N is 0.
+    """
     own, wanted = student.log_softmax(-1), teacher.log_softmax(-1)
-    return nn.functional.kl_div(own, wanted, log_target=True, reduction="batchmean")
+    return nn.functional.kl_div(own, wanted, log_target=True, reduction="sum") / max(1, len(own))
 
 
 def head_parts(
@@ -114,11 +117,13 @@ def head_parts(
         ]
         return {"divergence": sum(both) / 2}
     if isinstance(model, FastBertForSequenceClassification):
-        if model.config.num_labels == 1:
+        if model.config.num_labels == 1 or model.config.problem_type == "regression":
             return {"score_error": (student.logits - teacher.logits).square().mean()}
         if model.config.problem_type == "multi_label_classification":
-            wanted = teacher.logits.sigmoid()
-            return {"divergence": nn.functional.binary_cross_entropy_with_logits(student.logits, wanted)}
+            own, wanted = (  # each label is a distribution of its own: (B, C, 2)
+                torch.stack([outputs.logits, torch.zeros_like(outputs.logits)], -1) for outputs in (student, teacher)
+            )
+            return {"divergence": divergence(own.flatten(0, 1), wanted.flatten(0, 1))}
         return {"divergence": divergence(student.logits, teacher.logits)}
     if isinstance(model, FastBertModel):
         return {}

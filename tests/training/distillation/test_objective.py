@@ -2,8 +2,16 @@
 
 import pytest
 import torch
+from transformers.modeling_outputs import ModelOutput
 
-from fastbert_hf import FastBertConfig, FastBertForMultipleChoice, FastBertModel, FastFeedForward, LeafFeedForward
+from fastbert_hf import (
+    FastBertConfig,
+    FastBertForMultipleChoice,
+    FastBertForSequenceClassification,
+    FastBertModel,
+    FastFeedForward,
+    LeafFeedForward,
+)
 from fastbert_hf.training.distillation.activations import sample_inputs, sample_inputs_of_all
 from fastbert_hf.training.distillation.layer_fit import DenseFeedForward, FitSettings
 from fastbert_hf.training.distillation.objective import (
@@ -71,6 +79,34 @@ def test_the_divergence_is_that_of_the_definition():
     p, q = wanted.softmax(-1), own.softmax(-1)
     torch.testing.assert_close(divergence(own, wanted), (p * (p / q).log()).sum(-1).mean())
     assert divergence(wanted + 7, wanted).abs() < 1e-6
+    assert divergence(own[:0], wanted[:0]) == 0
+
+
+def classifier(**changes):
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return FastBertForSequenceClassification(FastBertConfig(**sizes, **changes, fff_depth=1))
+
+
+def test_each_of_several_labels_is_a_distribution_of_its_own():
+    own, wanted = draw(5, 3, seed=5), draw(5, 3, seed=6)
+    model = classifier(num_labels=3, problem_type="multi_label_classification")
+
+    def found(student):
+        (part,) = head_parts(model, ModelOutput(logits=student), ModelOutput(logits=wanted), {}).values()
+        return part
+
+    p, q = wanted.sigmoid(), own.sigmoid()
+    definition = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    torch.testing.assert_close(found(own), definition.mean())
+    assert found(wanted).abs() < 1e-6
+
+
+def test_several_scores_are_compared_by_their_squared_error():
+    own, wanted = draw(5, 3, seed=5), draw(5, 3, seed=6)
+    model = classifier(num_labels=3, problem_type="regression")
+    parts = head_parts(model, ModelOutput(logits=own), ModelOutput(logits=wanted), {})
+    assert parts.keys() == {"score_error"}
+    torch.testing.assert_close(parts["score_error"], (own - wanted).square().mean())
 
 
 def test_a_head_without_a_loss_is_refused():

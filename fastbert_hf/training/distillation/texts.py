@@ -131,7 +131,7 @@ class TextBatches(Dataset):
         """A batch: input_ids, attention_mask and, where the tokenizer makes them, token_type_ids, (B, T) int64."""
         rows = [slice(self._ends[i - 1] if i else 0, self._ends[i]) for i in self._batches[index]]
         encoded = {name: [flat[row].tolist() for row in rows] for name, flat in self._flat.items()}
-        return dict(self.tokenizer.pad(encoded, return_tensors="pt"))
+        return dict(self.tokenizer.pad(encoded, return_attention_mask=True, return_tensors="pt"))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_seq_length: int) -> dict:
@@ -144,7 +144,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_seq_l
 
 
 class MaskedBatches(Dataset):
-    """Batches with tokens masked; the same ones each time a batch is taken.
+    """Batches with a part of their tokens masked, padding aside; the same ones each time a batch is taken.
 
     Args:
         batches: of `TextBatches`. collator: what masks.
@@ -159,8 +159,11 @@ class MaskedBatches(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """A batch and `masked` (B, T), where a token was masked."""
         batch = self.batches[index]
-        masked = self.collator.mask(batch["input_ids"])
-        return {**batch, "input_ids": masked["input_ids"], "masked": masked["labels"] != IGNORE_INDEX}
+        visible = batch["attention_mask"].bool()
+        found = self.collator.mask(batch["input_ids"][visible].unsqueeze(0))  # (1, N)
+        input_ids, masked = batch["input_ids"].clone(), torch.zeros_like(visible)
+        input_ids[visible], masked[visible] = found["input_ids"][0], found["labels"][0] != IGNORE_INDEX
+        return {**batch, "input_ids": input_ids, "masked": masked}
 
 
 def first_item(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -196,7 +196,7 @@ def _scores_before(run: Run, student: Student) -> dict[str, dict[str, float]]:
             models = {"teacher": run.teacher.model, "fitted": student.model}
             scores[file] = {name: score(model, run.teacher, file, run.length) for name, model in models.items()}
             run.stages.put("scores", scores)
-    return scores
+    return {file: dict(scores[file]) for file in run.options.eval_file}
 
 
 def _train(run: Run, student: Student, checkpoint: str | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastbert_hf.data.readers import read_rows
+from fastbert_hf.data.readers import read_rows, text_of
 from fastbert_hf.modeling_fastbert import FastBertForSequenceClassification, FastBertPreTrainedModel
 from fastbert_hf.training.distillation.student import encoder_of
 from fastbert_hf.training.distillation.teacher import Teacher
@@ -22,7 +22,7 @@ def labelled_rows(file: str) -> tuple[list[tuple[str, ...]], list[Any]]:
     """The texts of each row, one or two, and its label: column `label`, `labels` or `score`.
 
     Raises:
-        ValueError: a column is missing.
+        ValueError: a column is missing, in the file or in a row.
     """
     rows = read_rows(file)
     label = next((name for name in SCORES if name in rows[0]), None)
@@ -32,7 +32,11 @@ def labelled_rows(file: str) -> tuple[list[tuple[str, ...]], list[Any]]:
             f"{file!r} has columns {', '.join(map(repr, rows[0]))}; expected one or two of text and one of "
             f"{', '.join(SCORES)}"
         )
-    return [tuple(row[name] for name in texts) for row in rows], [row[label] for row in rows]
+    pairs = [
+        tuple(text_of(row, name, f"file {file!r}, row {number}") for name in texts)
+        for number, row in enumerate(rows, start=1)
+    ]
+    return pairs, [row.get(label) for row in rows]
 
 
 def check_labelled(file: str, teacher: Teacher) -> None:
@@ -46,6 +50,8 @@ def check_labelled(file: str, teacher: Teacher) -> None:
         if len(texts[0]) != 2:
             raise ValueError(f"{file!r} has one text a row; expected pairs, whose similarity is scored")
         _numbers(labels, file)
+    elif teacher.model.config.problem_type == "multi_label_classification":
+        raise ValueError(f"a model of several labels a text has no score on {file!r}; expected one label a text")
     elif isinstance(teacher.model, FastBertForSequenceClassification):
         _classes(labels, teacher.model, file)
     else:
@@ -102,12 +108,15 @@ def _embeddings(model: nn.Module, teacher: Teacher, texts: Sequence[str], length
 
 
 def _numbers(labels: Sequence[Any], file: str) -> list[float]:
+    """Labels that a rank correlation can be had with."""
     try:
         values = [float(label) for label in labels]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file!r} has a label that is not a number: {error}") from error
     if not all(map(math.isfinite, values)):
         raise ValueError(f"{file!r} has a label that is not finite")
+    if len(set(values)) < 2:
+        raise ValueError(f"{file!r} has the label {values[0]:g} alone; expected different ones, to rank texts by")
     return values
 
 

@@ -16,10 +16,10 @@ from fastbert_hf.benchmarks.distilled import form_for_speed, speed_rows
 from fastbert_hf.benchmarks.machine import processor_name
 from fastbert_hf.cli.arguments import RecipeArgumentParser
 from fastbert_hf.files import write_text
-from fastbert_hf.hub.card import kept_metadata
-from fastbert_hf.training.distillation.report import render_report
+from fastbert_hf.hub.card import SUMMARY, kept_metadata
+from fastbert_hf.training.distillation.report import PAGE, render_report
 from fastbert_hf.training.distillation.run import distill
-from fastbert_hf.training.distillation.settings import DistillationArguments
+from fastbert_hf.training.distillation.settings import DistillationArguments, earlier_form
 from fastbert_hf.training.distillation.teacher import load_teacher
 from fastbert_hf.training.publishing import write_model_card
 
@@ -28,12 +28,8 @@ DEFAULTS = {"learning_rate": 3e-4, "logging_steps": 50, "save_total_limit": 1, "
 
 @dataclass
 class SpeedArguments:
-    """How fast the model shall be, and whether that is measured."""
+    """Whether the speed is measured."""
 
-    speed: float | None = field(
-        default=None,
-        metadata={"help": "times the speed of the original at 1 x 128 tokens: chooses fff_leaf_width by measuring"},
-    )
     measure_speed: bool = field(default=True, metadata={"help": "time original and result in the end, one thread"})
 
 
@@ -46,20 +42,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         description=__doc__,
     )
     parser.set_defaults(**DEFAULTS)
-    options, wanted, args = parser.parse(argv)
-    if wanted.speed is not None:
+    options, measured, args = parser.parse(argv)
+    folder = Path(args.output_dir)
+    if options.speed is not None:
         if options.form is not None:
             raise ValueError("--speed chooses the form of the layers; leave out --form")
         options.check(args)
-        teacher = load_teacher(options.model_name_or_path)
-        options.form = form_for_speed(teacher, wanted.speed, options.fff_depth, options.fff_trees)
+        options.form = earlier_form(options, folder) or form_for_speed(
+            load_teacher(options.model_name_or_path), options.speed, options.fff_depth, options.fff_trees
+        )
     student, teacher, summary = distill(options, args)
-    folder = Path(args.output_dir)
-    if wanted.measure_speed:
+    if measured.measure_speed:
         summary |= {"speed": speed_rows(student.model, teacher), "machine": processor_name()}
-    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     page = render_report(summary)
-    write_text(folder / "distillation.md", page)
+    write_text(folder / PAGE, page)
     write_model_card(student.model, folder, args.hub_model_id, kept_metadata(teacher.folder).get("license"))
     print(page)
     return summary

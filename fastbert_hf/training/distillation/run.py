@@ -19,18 +19,19 @@ from transformers import TrainingArguments, set_seed
 
 from fastbert_hf.data.masking import MaskedLanguageModelCollator
 from fastbert_hf.files import check_output_folder, file_digest, staged_folder
-from fastbert_hf.hub.card import DISTILLED_FROM
+from fastbert_hf.hub.card import DISTILLED_FROM, SUMMARY
 from fastbert_hf.modeling_fastbert import FastBertForMaskedLM, FastBertForSequenceClassification
 from fastbert_hf.training.budget import BudgetClock
 from fastbert_hf.training.budget_progress import show_budget
-from fastbert_hf.training.checkpoints import find_checkpoint, remove_checkpoints
+from fastbert_hf.training.checkpoints import check_checkpoint, find_checkpoint, remove_checkpoints
 from fastbert_hf.training.distillation.objective import WORDS, HiddenScale
+from fastbert_hf.training.distillation.report import PAGE
 from fastbert_hf.training.distillation.scores import check_labelled, score
-from fastbert_hf.training.distillation.settings import DistillationArguments, run_provenance
+from fastbert_hf.training.distillation.settings import DistillationArguments, earlier_run, run_provenance
 from fastbert_hf.training.distillation.stages import STAGES, Stages
 from fastbert_hf.training.distillation.student import Student, student_of, without_dropout
 from fastbert_hf.training.distillation.student_fit import fit_student
-from fastbert_hf.training.distillation.teacher import Teacher, copy_embedder, load_teacher
+from fastbert_hf.training.distillation.teacher import EMBEDDER_FILES, Teacher, copy_embedder, load_teacher
 from fastbert_hf.training.distillation.texts import MaskedBatches, TextBatches, in_turn, read_texts, split_texts
 from fastbert_hf.training.distillation.trainer import DistillationTrainer
 from fastbert_hf.training.leaf_balance import add_balance, leaf_layers
@@ -94,10 +95,10 @@ def distill(options: DistillationArguments, args: TrainingArguments) -> tuple[St
     check_options(args, options.max_seq_length)
     check_hooks(DistillationTrainer)
     options.check(args)
+    if options.speed is not None and options.form is None:
+        raise ValueError("speed chooses the form by measuring: see fastbert_hf.benchmarks.distilled.form_for_speed")
     folder = check_output_folder(args.output_dir)
-    if options.overwrite_output_dir:
-        _remove_run(folder)
-    checkpoint = find_checkpoint(args)
+    checkpoint = find_checkpoint(args, options.overwrite_output_dir)
     disable_pin_memory_on_cpu(args)
     set_seed(args.seed)
     teacher = load_teacher(options.model_name_or_path)
@@ -105,7 +106,10 @@ def distill(options: DistillationArguments, args: TrainingArguments) -> tuple[St
         check_labelled(file, teacher)
     provenance = run_provenance(options, args, teacher)
     student = student_of(teacher.model, options.student_form)
+    check_checkpoint(checkpoint, student.model.config)
     data = _load_text(options, teacher, args.seed)
+    if options.overwrite_output_dir:
+        _remove_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
     provenance.write(folder)
     run = Run(options, args, teacher, provenance, Stages(folder), *data)
@@ -120,12 +124,12 @@ def distill(options: DistillationArguments, args: TrainingArguments) -> tuple[St
 
 def _remove_run(folder: Path) -> None:
     """Remove what an earlier distillation left; a folder of something else stays as it is."""
-    if not (folder / PROVENANCE).is_file():
+    if earlier_run(folder) is None:
         return
     remove_checkpoints(folder)
     for name in (FITTED, LAYERS):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("config.json", STAGES, PROVENANCE):
+    for name in ("config.json", STAGES, SUMMARY, PAGE, "README.md", *EMBEDDER_FILES, PROVENANCE):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -1,7 +1,7 @@
 """The options of a distillation: what is distilled into what, on which text, and how long."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from transformers import TrainingArguments
@@ -30,6 +30,15 @@ REPLACED = (
     "gradient_accumulation_steps", "max_steps", "num_train_epochs", "ignore_data_skip", "do_train",
     "per_device_train_batch_size", "save_strategy", "save_steps", "eval_strategy", "eval_steps",
 )  # fmt: skip
+# options of Trainer that a distillation has no use for, and what there is in their place
+UNUSED = {
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "batch_size",
+    "num_train_epochs": "budget_minutes or max_steps",
+    "lr_scheduler_type": "the rate follows the budget",
+    "warmup_steps": "the rate follows the budget",
+    "push_to_hub": "push the finished folder",
+}
 
 
 @dataclass
@@ -52,7 +61,11 @@ class DistillationArguments:
         metadata={"help": "labelled data to score on: pairs with a score for embedders, or for classifiers"},
     )
     budget_minutes: float | None = field(
-        default=None, metadata={"help": "minutes for everything; exactly one of this and --max_steps"}
+        default=None, metadata={"help": "minutes to fit and train; exactly one of this and --max_steps"}
+    )
+    speed: float | None = field(
+        default=None,
+        metadata={"help": "times the speed of the original at 1 x 128 tokens: chooses fff_leaf_width by measuring"},
     )
     texts_per_file: int = field(default=100_000, metadata={"help": "texts taken from each file, at random, at most"})
     held_out_texts: int = field(default=1000, metadata={"help": "texts kept back to measure on, at most"})
@@ -85,22 +98,47 @@ class DistillationArguments:
             ValueError: naming the option.
         """
         check_student_form(self.student_form)
-        for name in ("texts_per_file", "batch_size", "fit_rows", "fit_rows_per_step"):
+        for name in ("texts_per_file", "batch_size", "held_out_texts", "fit_rows", "fit_rows_per_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("held_out_texts", "fit_steps", "save_minutes"):
+        for name in ("fit_steps", "save_minutes"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be zero or above; got {getattr(self, name)}")
         check_balance(self.balance_leaves)
         if (self.budget_minutes is None) == (args.max_steps <= 0):
             raise ValueError("expected exactly one of --budget_minutes and --max_steps")
-        if self.budget_minutes is not None and not 0 < self.budget_minutes < math.inf:
-            raise ValueError(f"budget_minutes must be positive; got {self.budget_minutes}")
+        for name in ("budget_minutes", "speed", "fit_learning_rate"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+        _check_training(args)
         check_text_files(self.train_file)
 
 
+def _check_training(args: TrainingArguments) -> None:
+    """Check that nothing is asked of the Trainer that would be left out without a word."""
+    defaults = {entry.name: entry.default for entry in fields(TrainingArguments)}
+    for name, instead in UNUSED.items():
+        if getattr(args, name) != defaults[name]:
+            raise ValueError(f"{name} is {getattr(args, name)}; a distillation does not use it: {instead}")
+    if (devices := max(args.n_gpu, args.world_size)) > 1:
+        raise ValueError(f"a distillation runs in one process on one device; got {devices} of them")
+
+
+def earlier_run(folder: Path) -> Provenance | None:
+    """What the distillation in a folder is made with; None where there is none."""
+    found = Provenance.read(folder) if (folder / PROVENANCE).is_file() else None
+    return None if found is None or "fit_rows" not in found.settings else found
+
+
+def earlier_form(options: DistillationArguments, folder: Path) -> str | None:
+    """The form that the run in a folder found for the same `speed`: another measurement could find another one."""
+    earlier = None if options.overwrite_output_dir else earlier_run(folder)
+    settings = {} if earlier is None else earlier.settings
+    return settings.get("form") if settings.get("speed") == options.speed else None
+
+
 def run_provenance(options: DistillationArguments, args: TrainingArguments, teacher: Teacher) -> Provenance:
-    """What the run is made with; one that goes on must be made with the same.
+    """What the run is made with; one that goes on must be made with the same. Nothing is changed.
 
     Raises:
         ValueError: the folder holds a run with other settings.
@@ -112,8 +150,10 @@ def run_provenance(options: DistillationArguments, args: TrainingArguments, teac
     settings["model"] = weights_identity(str(teacher.folder), teacher.model.config)
     settings = as_json(settings)
     folder = Path(args.output_dir)
-    if (folder / PROVENANCE).is_file():
-        earlier = Provenance.read(folder)
+    earlier = earlier_run(folder)
+    if earlier is not None and options.overwrite_output_dir:
+        return Provenance(settings)
+    if earlier is not None:
         check_same_settings(earlier.settings, settings, str(folder))
         return Provenance(settings, earlier.parts)
     if (folder / "config.json").is_file():

@@ -26,8 +26,8 @@ def load_runs(folders: list[str]) -> dict[str, list[dict[str, Any]]]:
     """The summaries of runs, by form.
 
     Raises:
-        ValueError: a folder without summary of a distillation; runs of different teachers or steps; no run that
-            stands for no feed-forward layers.
+        ValueError: a folder without summary of a distillation; runs of different teachers, steps or labelled data;
+            no run that stands for no feed-forward layers.
     """
     runs = defaultdict(list)
     first: tuple[str, dict] | None = None
@@ -35,12 +35,12 @@ def load_runs(folders: list[str]) -> dict[str, list[dict[str, Any]]]:
         summary = read_json(Path(folder) / SUMMARY)
         if DISTILLED_FROM not in summary:
             raise ValueError(f"{folder!r} holds no finished distillation")
-        first = first or (folder, summary)
-        for name in ALIKE:
-            if summary[name] != first[1][name]:
+        found = {name: summary[name] for name in ALIKE} | {"eval_file": sorted(summary["scores"])}
+        first = first or (folder, found)
+        for name, value in found.items():
+            if value != first[1][name]:
                 raise ValueError(
-                    f"{folder!r} and {first[0]!r} cannot be compared: {name} is {summary[name]!r} and "
-                    f"{first[1][name]!r}"
+                    f"{folder!r} and {first[0]!r} cannot be compared: {name} is {value!r} and {first[1][name]!r}"
                 )
         runs[summary["form"]].append({**summary, "folder": folder})
     if NOTHING not in runs:

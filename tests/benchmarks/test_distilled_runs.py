@@ -45,6 +45,9 @@ def test_only_like_runs_are_compared(tmp_path):
         load_runs([nothing, longer])
     with pytest.raises(ValueError, match="distilled_from is 'another' and 'model'"):
         load_runs([nothing, other])
+    unlike = write(tmp_path / "e", summary("dense:8", 0.8, scores={}))
+    with pytest.raises(ValueError, match=r"eval_file is \[\] and \['data/stsb/validation\.jsonl'\]"):
+        load_runs([nothing, unlike])
     with pytest.raises(ValueError, match="expected a run of --form dense:1"):
         load_runs([fine])
     with pytest.raises(ValueError, match="holds no finished distillation"):

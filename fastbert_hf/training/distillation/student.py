@@ -53,10 +53,12 @@ def form_fields(form: str) -> dict[str, object]:
     if kind == "dense":
         return {"ffn_type": "dense", "intermediate_size": numbers[0], "dense_gated": False}
     if kind == "tree":
-        trees, depth = numbers
-        return {"ffn_type": "fff", "fff_trees": trees, "fff_depth": depth, "fff_leaf_width": None}
-    trees, depth, width = numbers if len(numbers) == 3 else (1, *numbers)
-    return {"ffn_type": "fff", "fff_trees": trees, "fff_depth": depth, "fff_leaf_width": width}
+        trees, depth, width = (*numbers, None)
+    else:
+        trees, depth, width = numbers if len(numbers) == 3 else (1, *numbers)
+    return {
+        "ffn_type": "fff", "fff_trees": trees, "fff_depth": depth, "fff_leaf_width": width, "fff_bias": True,
+    }  # fmt: skip
 
 
 def form_of(fff_trees: int, fff_depth: int, fff_leaf_width: int) -> str:
@@ -73,7 +75,7 @@ def student_of(teacher: FastBertPreTrainedModel, form: str) -> Student:
             "layers:N": N of the teacher's layers, evenly spaced, the last one among them.
 
     Raises:
-        ValueError: an unknown form; more layers than the teacher has.
+        ValueError: an unknown form; more layers than the teacher has; dense layers for a teacher without biases.
     """
     check_student_form(form)
     config: FastBertConfig = copy.deepcopy(teacher.config)
@@ -81,6 +83,8 @@ def student_of(teacher: FastBertPreTrainedModel, form: str) -> Student:
     kept = list(range(count))
     match = re.fullmatch(LAYERS, form)
     if match is None:
+        if form.startswith("dense:") and not config.use_bias:
+            raise ValueError(f"{form!r} has biases and the model has none (use_bias is False); expected trees")
         for name, value in form_fields(form).items():
             setattr(config, name, value)
     else:

@@ -109,6 +109,18 @@ def test_several_scores_are_compared_by_their_squared_error():
     torch.testing.assert_close(parts["score_error"], (own - wanted).square().mean())
 
 
+def test_students_of_a_teacher_without_biases():
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bare = FastBertModel(
+        FastBertConfig(**sizes, ffn_type="dense", intermediate_size=6, use_bias=False, fff_bias=False)
+    )
+    for form in ("leaf:1x2", "tree:1x2"):
+        layer = student_of(bare, form).encoder.layers[0].ffn
+        assert layer.bias_in is not None and student_of(bare, form).model.config.fff_bias
+    with pytest.raises(ValueError, match="'dense:2' has biases and the model has none"):
+        student_of(bare, "dense:2")
+
+
 def test_a_head_without_a_loss_is_refused():
     config = FastBertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, fff_depth=1)
     with pytest.raises(ValueError, match="FastBertForMultipleChoice cannot be distilled"):

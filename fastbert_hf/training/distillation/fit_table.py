@@ -110,7 +110,8 @@ def fit_table(options: LayerFitArguments) -> list[dict[str, Any]]:
     inputs, files = {}, {name: folder / f"inputs-{name}.f32" for name in parts}
     try:
         for name, (sources, count, rows) in parts.items():
-            batches = tokenized(read_texts(sources, count, draw), teacher.tokenizer, options.max_seq_length)
+            length = min(options.max_seq_length, teacher.max_seq_length)
+            batches = tokenized(read_texts(sources, count, draw), teacher.tokenizer, length)
             sample = sample_inputs(model, module, batches, files[name], max_rows=rows, seed=options.seed)
             inputs[name] = torch.from_numpy(sample)
         return _fit_all(options, dense, activation, inputs["train"], inputs["other"])

@@ -171,6 +171,12 @@ def options(bert, tiny, output_dir, **changes):
     return LayerFitArguments(str(bert), output_dir=str(output_dir), **{**values, **changes})
 
 
+def test_texts_are_cut_to_what_the_model_reads(bert, tiny, tmp_path):
+    (tmp_path / "long.txt").write_text("the river flows under stone " * 40 + "\n")
+    fit_table(options(bert, tiny, tmp_path / "out", train_file=[str(tmp_path / "long.txt")], forms=["dense:1"]))
+    assert json.loads((tmp_path / "out" / "layer-fit.json").read_text())["rows"] == 32
+
+
 def test_the_table_is_written_and_the_activations_are_removed(bert, tiny, tmp_path):
     results = fit_table(options(bert, tiny, tmp_path / "out"))
     assert [row["form"] for row in results] == ["leaf:2x4", "dense:4"] and results[0]["neurons"] == 4

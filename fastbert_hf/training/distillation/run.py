@@ -9,6 +9,7 @@ import dataclasses
 import math
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 
 from fastbert_hf.data.masking import MaskedLanguageModelCollator
+from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.files import check_output_folder, file_digest, staged_folder
 from fastbert_hf.hub.card import DISTILLED_FROM, SUMMARY
 from fastbert_hf.modeling_fastbert import FastBertForMaskedLM, FastBertForSequenceClassification
@@ -154,17 +156,19 @@ def _fitted_student(run: Run, student: Student) -> Student:
     """The student after its layers were fitted, now or in an earlier part of the run."""
     folder = run.folder / FITTED
     if (folder / "config.json").is_file():
-        return dataclasses.replace(student, model=type(student.model).from_pretrained(folder))
-    with run.stages.timed("fit"):
-        _fit_layers(run, student)
-    with staged_folder(folder) as stage:
-        student.model.save_pretrained(stage)
-        run.teacher.tokenizer.save_pretrained(stage)
-        copy_embedder(run.teacher.folder, stage)
+        student = dataclasses.replace(student, model=type(student.model).from_pretrained(folder))
+    else:
+        with run.stages.timed("fit") as note:
+            _fit_layers(run, student, note)
+        with staged_folder(folder) as stage:
+            student.model.save_pretrained(stage)
+            load_tokenizer(run.teacher.folder).save_pretrained(stage)
+            copy_embedder(run.teacher.folder, stage)
+    shutil.rmtree(run.folder / LAYERS, ignore_errors=True)  # the model has them
     return student
 
 
-def _fit_layers(run: Run, student: Student) -> None:
+def _fit_layers(run: Run, student: Student, note: Callable[[], None]) -> None:
     options = run.options
     if options.student_form.startswith("layers:"):
         return
@@ -173,6 +177,7 @@ def _fit_layers(run: Run, student: Student) -> None:
     def report(layer: int, unexplained: float, seconds: float) -> None:
         errors[str(layer)] = round(unexplained, 4)
         run.stages.put("unexplained", errors)
+        note()
         count = run.teacher.model.config.num_hidden_layers
         print(
             f"layer {layer + 1} of {count} fitted in {seconds:.0f} s: it explains {1 - unexplained:.1%} of what the "
@@ -220,7 +225,7 @@ def _train(run: Run, student: Student, checkpoint: str | None) -> dict[str, Any]
     after = trainer.measure(run.held_out)
     if not math.isfinite(after["eval_hidden_error"]):
         raise ValueError("training diverged: the hidden-state error is not finite; try a lower learning rate")
-    save_model(trainer, run.teacher.tokenizer)
+    save_model(trainer, load_tokenizer(run.teacher.folder))  # one in use keeps how it cut and padded
     copy_embedder(run.teacher.folder, run.folder)
     spent = trainer.clock.spent
     counts = {"train_seconds": round(spent.seconds, 1), "steps": spent.steps, "tokens_seen": spent.tokens}

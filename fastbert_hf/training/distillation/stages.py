@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,21 @@ class Stages:
         self._done: dict[str, Any] = json.loads(self._file.read_text()) if self._file.is_file() else {}
 
     @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Count the seconds of a stage, also of one that is interrupted by an error."""
+    def timed(self, name: str) -> Iterator[Callable[[], None]]:
+        """Count the seconds of a stage, also of one that is interrupted by an error.
+
+        Yields:
+            What notes the seconds until now: those that a killed process has noted count, the others do not.
+        """
         began, before = time.perf_counter(), self.seconds(name)
-        try:
-            yield
-        finally:
+
+        def note() -> None:
             self.put(f"{name}_seconds", round(before + time.perf_counter() - began, 1))
+
+        try:
+            yield note
+        finally:
+            note()
 
     def seconds(self, name: str) -> float:
         """Seconds of a stage until now."""

@@ -37,7 +37,6 @@ def test_a_bert_becomes_a_faster_model_and_a_page_says_what_it_lost(tiny, bert, 
     card = (tmp_path / "README.md").read_text()
     assert f"| distilled from | {bert}; [what was lost](distillation.md) |" in card and "license: mit" in card
     assert "| neurons of a leaf | 6 |" in card and "uses 6 of the 24 feed-forward neurons" in card
-    assert not (tmp_path / "layers" / "inputs").exists()
 
 
 def test_progress_is_in_words(tiny, bert, tmp_path, capsys):
@@ -189,6 +188,28 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(tiny, bert, tmp_pat
         assert torch.equal(resumed[name], value), name
     again = distill(bert, text, cut, **options)
     assert again["eval_hidden_error"] == summary["eval_hidden_error"]
+
+
+def test_seconds_of_fitted_layers_count_if_the_process_is_killed(tiny, bert, tmp_path, monkeypatch):
+    noted, fit_layer = [], student_fit.fit_layer
+
+    def fit(*arguments):
+        file = tmp_path / "stages.json"  # as it is if the process ends here
+        noted.append("fit_seconds" in json.loads(file.read_text()) if file.exists() else False)
+        return fit_layer(*arguments)
+
+    monkeypatch.setattr(student_fit, "fit_layer", fit)
+    distill(bert, tiny / "corpus.txt", tmp_path, max_steps=1)
+    assert noted == [False, True]
+    assert (tmp_path / "fitted" / "config.json").exists() and not (tmp_path / "layers").exists()
+
+
+def test_the_tokenizer_is_that_of_the_teacher(tiny, bert, tmp_path):
+    distill(bert, tiny / "corpus.txt", tmp_path, max_steps=1)
+    contents = [
+        json.loads((folder / "tokenizer.json").read_text()) for folder in (bert, tmp_path, tmp_path / "fitted")
+    ]
+    assert contents[0] == contents[1] == contents[2]
 
 
 def test_a_budget_of_minutes_ends_the_run(tiny, bert, tmp_path):

@@ -12,6 +12,7 @@ from fastbert_hf.benchmarks.distilled import original_encoder, speed
 from fastbert_hf.benchmarks.machine import processor_name
 from fastbert_hf.benchmarks.plots import plot_quality_against_latency
 from fastbert_hf.checkpoint_fastbert import read_json
+from fastbert_hf.extras import require_extra
 from fastbert_hf.files import check_output_folder, write_text
 from fastbert_hf.hub.card import DISTILLED_FROM, SUMMARY
 from fastbert_hf.training.distillation.student import encoder_of
@@ -60,17 +61,20 @@ def compare_distilled(folders: list[str], output_dir: str, rounds: int = 15) -> 
 
     Raises:
         ValueError: runs that cannot be compared.
+        MissingExtraError: there are scores to draw, and matplotlib is not installed.
     """
     runs = load_runs(folders)
+    some = next(iter(runs.values()))[0]
+    files = list(some["scores"])
+    if files:
+        require_extra("bench", "matplotlib")
     folder = check_output_folder(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    some = next(iter(runs.values()))[0]
     teacher = load_teacher(some[DISTILLED_FROM])
     models = {"teacher": original_encoder(teacher)}
     models |= {form: encoder_of(AutoModel.from_pretrained(found[0]["folder"])) for form, found in runs.items()}
     case = (1, min(128, teacher.max_seq_length))
     milliseconds = speed(models, case, rounds=rounds)
-    files = list(some["scores"])
     results = {"machine": processor_name(), "case": case, "milliseconds": milliseconds, "runs": runs}
     write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
     if files:

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from fastbert_hf import FastBertConfig, FastBertModel
+from fastbert_hf import FastBertConfig, FastBertModel, extras
 from fastbert_hf.benchmarks import distilled_runs
 from fastbert_hf.benchmarks.distilled_runs import compare_distilled, format_runs, load_runs
+from fastbert_hf.extras import MissingExtraError
 
 
 def summary(form, student, **changes):
@@ -52,6 +53,12 @@ def test_only_like_runs_are_compared(tmp_path):
         load_runs([fine])
     with pytest.raises(ValueError, match="holds no finished distillation"):
         load_runs([nothing, str(tmp_path)])
+
+
+def test_what_draws_the_picture_is_asked_for_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match="matplotlib"):
+        compare_distilled([write(tmp_path / "a", summary("dense:1", 0.7))], str(tmp_path / "out"))
 
 
 def test_a_comparison_measures_every_form_once_and_writes_table_numbers_and_picture(tmp_path, monkeypatch):

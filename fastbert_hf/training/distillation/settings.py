@@ -37,6 +37,7 @@ UNUSED = {
     "num_train_epochs": "budget_minutes or max_steps",
     "lr_scheduler_type": "the rate follows the budget",
     "warmup_steps": "the rate follows the budget",
+    "load_best_model_at_end": "the last model is the result",
     "push_to_hub": "push the finished folder",
 }
 

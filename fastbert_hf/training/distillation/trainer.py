@@ -61,7 +61,7 @@ class DistillationTrainer(BudgetTrainer):
         mask = batch["attention_mask"]
         states = [wanted.hidden_states[1 + number] for number in self.teacher_layers]  # the first is the embedding
         layers = hidden_error(own.hidden_states[1:], states, mask, self.variance[self.teacher_layers])
-        parts = head_parts(self.accelerator.unwrap_model(model), own, wanted, batch)
+        parts = head_parts(self.model, own, wanted, batch)  # not the compiled or wrapped one
         if self.embed is not None:
             parts |= embedding_parts(self.embed(own[0], mask), self.embed(wanted[0], mask))
         return layers, parts

@@ -138,6 +138,16 @@ def test_every_head_learns_from_its_teachers_outputs(tiny, head, tmp_path):
     assert type(loaded).__name__ == f"FastBert{head}"
 
 
+def test_a_compiled_model_learns_the_same(tiny, tmp_path):
+    bert = save_bert(tiny, tmp_path / "bert", "ForMaskedLM")
+    options = {"torch_compile": True, "torch_compile_backend": "eager"}
+    plain, compiled = (
+        distill(bert, tiny / "corpus.txt", tmp_path / name, max_steps=2, **changes)
+        for name, changes in (("plain", {}), ("compiled", options))
+    )
+    assert compiled["eval_divergence"] == pytest.approx(plain["eval_divergence"], rel=1e-4)
+
+
 @pytest.mark.parametrize(("form", "expected"), [
     ("dense:8", {"ffn_type": "dense", "intermediate_size": 8}),
     ("tree:2x2", {"ffn_type": "fff", "fff_trees": 2, "fff_depth": 2, "fff_leaf_width": None}),

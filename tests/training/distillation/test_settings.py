@@ -18,6 +18,7 @@ from tests.training.distillation.runs import distill
     ({"per_device_train_batch_size": 4}, "train_batch_size is 4; a distillation does not use it: batch_size"),
     ({"num_train_epochs": 2}, "num_train_epochs is 2.0; a distillation does not use it: budget_minutes or max_steps"),
     ({"warmup_steps": 10}, "warmup_steps is 10"),
+    ({"load_best_model_at_end": True, "eval_strategy": "steps"}, "load_best_model_at_end is True"),
     ({"push_to_hub": True}, "push_to_hub is True"),
 ])  # fmt: skip
 def test_options_without_effect_or_sense_are_named(tiny, bert, changes, message, tmp_path):

@@ -59,7 +59,7 @@ def fit_student(
         report: called after each layer with its number, the unexplained part of the variance, and its seconds.
 
     Raises:
-        ValueError: a fit that diverges; no text.
+        ValueError: a fit that diverges; no text; no room on the disk for the inputs.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,6 +67,8 @@ def fit_student(
     done = [folder / f"layer-{number}.safetensors" for number in range(len(targets))]
     inputs = folder / "inputs"
     if not all(file.is_file() for file in done):
+        shutil.rmtree(inputs, ignore_errors=True)  # of a process that was killed
+        _check_room(folder, len(targets) * max_rows * teacher.config.hidden_size * 4)
         inputs.mkdir(exist_ok=True)
         paths = [inputs / f"layer-{number}.f32" for number in range(len(targets))]
         rows = sample_inputs_of_all(teacher, targets, batches, paths, max_rows=max_rows, seed=settings.seed)
@@ -87,6 +89,16 @@ def fit_student(
         mean = weights.pop(MEAN)
         layer.ffn.load_state_dict(weights)
         add_constant(layer, mean)
+
+
+def _check_room(folder: Path, size: int) -> None:
+    """Check that so many bytes fit on the disk: a process that writes to a mapped file without room is killed."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise ValueError(
+            f"what the layers read takes {size / 1e9:.1f} GB in {str(folder)!r}, where {free / 1e9:.1f} GB are free: "
+            "give a smaller fit_rows, or another output_dir"
+        )
 
 
 def fitted(

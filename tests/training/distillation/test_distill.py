@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -216,6 +217,13 @@ def test_seconds_of_fitted_layers_count_if_the_process_is_killed(tiny, bert, tmp
     distill(bert, tiny / "corpus.txt", tmp_path, max_steps=1)
     assert noted == [False, True]
     assert (tmp_path / "fitted" / "config.json").exists() and not (tmp_path / "layers").exists()
+
+
+def test_a_disk_without_room_for_what_layers_read_is_named(tiny, bert, tmp_path, monkeypatch):
+    monkeypatch.setattr(student_fit.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2 * 2000 * 16 * 4 - 1))
+    with pytest.raises(ValueError, match="smaller fit_rows"):
+        distill(bert, tiny / "corpus.txt", tmp_path)
+    distill(bert, tiny / "corpus.txt", tmp_path / "less", fit_rows=1999, max_steps=1)
 
 
 def test_the_tokenizer_is_that_of_the_teacher(tiny, bert, tmp_path):

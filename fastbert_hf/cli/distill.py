@@ -16,8 +16,8 @@ from fastbert_hf.benchmarks.distilled import form_for_speed, speed_rows
 from fastbert_hf.benchmarks.machine import processor_name
 from fastbert_hf.cli.arguments import RecipeArgumentParser
 from fastbert_hf.files import write_text
-from fastbert_hf.hub.card import SUMMARY, kept_metadata
-from fastbert_hf.training.distillation.report import PAGE, render_report
+from fastbert_hf.hub.card import DISTILLATION_PAGE, SUMMARY, kept_metadata
+from fastbert_hf.training.distillation.report import render_report
 from fastbert_hf.training.distillation.run import distill
 from fastbert_hf.training.distillation.settings import DistillationArguments, earlier_form
 from fastbert_hf.training.distillation.teacher import load_teacher
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         summary |= {"speed": speed_rows(student.model, teacher), "machine": processor_name()}
     write_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     page = render_report(summary)
-    write_text(folder / PAGE, page)
+    write_text(folder / DISTILLATION_PAGE, page)
     write_model_card(student.model, folder, args.hub_model_id, kept_metadata(teacher.folder).get("license"))
     print(page)
     return summary

@@ -15,7 +15,8 @@ from fastbert_hf.hub.origin import repository_address
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 WHOLE_MODEL = "whole encoder, inference"  # section of the benchmark
-SUMMARY, RECIPE = "summary.json", "recipe.json"
+SUMMARY, RECIPE, CARD = "summary.json", "recipe.json", "README.md"
+DISTILLATION_PAGE = "distillation.md"  # to which the card of a distilled model leads
 DISTILLED_FROM = "distilled_from"  # key of a summary
 PIPELINES = {
     "FastBertModel": ("feature-extraction", "AutoModel"),
@@ -38,7 +39,7 @@ KEPT_METADATA = ("license", "license_name", "license_link", "language", "base_mo
 
 def kept_metadata(folder: Path) -> dict[str, Any]:
     """Licence, language, base model and data sets that the folder's own README.md declares."""
-    file = folder / "README.md"
+    file = folder / CARD
     if not file.is_file():
         return {}
     _, marker, rest = file.read_text(encoding="utf-8").partition("---\n")
@@ -213,7 +214,7 @@ def render_card(
         ValueError: a file that is not what it should be.
     """
     summary, recipe = read_json(folder / SUMMARY), read_json(folder / RECIPE)
-    with _about(folder / "README.md"):
+    with _about(folder / CARD):
         metadata = kept_metadata(folder) | ({"license": license} if license else {})
     with _about(folder / SUMMARY):
         evaluations = evaluation_results(summary)

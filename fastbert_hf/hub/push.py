@@ -1,11 +1,12 @@
 """Putting a model on the Hub: rights first, then one commit of everything a stranger needs, then the proof."""
 
+import glob
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from huggingface_hub import (
@@ -19,12 +20,15 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+from fastbert_hf.checkpoint_fastbert import SUFFIX
 from fastbert_hf.files import check_output_folder, is_disk_full, remove_leftovers, temporary_folder
 from fastbert_hf.hub.access import check_write_access, explained, patiently
-from fastbert_hf.hub.card import render_card
+from fastbert_hf.hub.card import CARD, DISTILLATION_PAGE, render_card
+from fastbert_hf.hub.embedder import embedder_files
 from fastbert_hf.hub.files import (
     LICENCE_FILES,
     TOKENIZER_FILES,
+    check_paths,
     checksum,
     expected_checksum,
     largest_difference,
@@ -78,13 +82,19 @@ class StagedUpload:
     outputs: list[torch.Tensor] = field(default_factory=list)
 
     def files(self) -> list[Path]:
-        """All files; the weights first, the card last."""
-        rank = {".safetensors": 0, ".md": 2}
-        return sorted(self.folder.iterdir(), key=lambda file: (rank.get(file.suffix, 1), file.name))
+        """All files, with those of subfolders; the weights first, the card last."""
+        paths = {self.path(file): file for file in self.folder.rglob("*") if file.is_file()}
+        return [
+            paths[path] for path in sorted(paths, key=lambda path: (not path.endswith(SUFFIX), path == CARD, path))
+        ]
+
+    def path(self, file: Path) -> str:
+        """Where a file lies in the repository."""
+        return file.relative_to(self.folder).as_posix()
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file, in the order of `files`."""
-        return {file.name: file.stat().st_size for file in self.files()}
+        """Bytes of every file by its path, in the order of `files`."""
+        return {self.path(file): file.stat().st_size for file in self.files()}
 
 
 @contextmanager
@@ -128,16 +138,39 @@ def _fill(stage: Path, source: Path, repo: str, options: PushOptions) -> list[to
     """Write what `prepared` promises into an empty folder; what the model computes."""
     model = load_model(source)
     model.save_pretrained(stage, max_shard_size=options.max_shard_size)
-    for name in (*TOKENIZER_FILES, *LICENCE_FILES):
+    for name in (*TOKENIZER_FILES, *LICENCE_FILES, DISTILLATION_PAGE):
         if (source / name).is_file():
             shutil.copyfile(source / name, stage / name)
+    _copy_embedder(source, stage)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     card = render_card(
         source, model.config, type(model).__name__, parameters, repo, options.license, options.benchmark
     )
-    (stage / "README.md").write_text(card, encoding="utf-8")
+    (stage / CARD).write_text(card, encoding="utf-8")
     check_no_token(stage)
     return sample_outputs(model)
+
+
+def _copy_embedder(source: Path, stage: Path) -> None:
+    """Copy what makes the model a sentence embedder.
+
+    Raises:
+        ValueError: one of its files is a link that leaves the folder, has a path that some system reads otherwise, or
+            is a pickle without safetensors beside it.
+    """
+    paths = embedder_files(source)
+    check_paths(paths, str(source))
+    folders = {PurePosixPath(path).parent for path in paths if path.endswith(SUFFIX)}  # with weights that are data
+    for path in paths:
+        if not (source / path).resolve().is_relative_to(source.resolve()):
+            raise ValueError(f"{path} of {str(source)!r} is a link that leaves the folder; expected a plain file")
+        if is_pickled(path):
+            if PurePosixPath(path).parent in folders:
+                continue
+            raise ValueError(f"{path} of {str(source)!r} is a pickle, which is never pushed; expected safetensors")
+        if not (stage / path).exists():  # what the model has written stays
+            (stage / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / path, stage / path)
 
 
 def check_no_token(folder: Path) -> None:
@@ -149,7 +182,8 @@ def check_no_token(folder: Path) -> None:
     token = get_token()
     for file in folder.rglob("*"):
         if token and file.is_file() and file.suffix != ".safetensors" and token.encode() in file.read_bytes():
-            raise ValueError(f"{file.name} holds your Hub token; expected none. Remove it, and revoke the token")
+            path = file.relative_to(folder).as_posix()
+            raise ValueError(f"{path} holds your Hub token; expected none. Remove it, and revoke the token")
 
 
 def push(source: str | Path, repo: str, options: PushOptions) -> Pushed:
@@ -219,14 +253,14 @@ def _create(api: HfApi, repo: str, options: PushOptions) -> str:
 
 def _commit(api: HfApi, repo: str, options: PushOptions, folder: StagedUpload, head: str) -> Pushed:
     files = folder.files()
-    names = {file.name for file in files}
+    names = {folder.path(file) for file in files}
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
     for path in patiently(api.list_repo_files, repo, revision=head):
         # what an earlier push left and would now contradict the weights; everything else is not ours to remove
         stale = path.endswith(".safetensors") or path == INDEX or is_pickled(path)
         if stale and "/" not in path and path not in names:
             operations.append(CommitOperationDelete(path_in_repo=path))
-    operations += [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file) for file in files]
+    operations += [CommitOperationAdd(path_in_repo=folder.path(file), path_or_fileobj=file) for file in files]
     info = api.create_commit(
         repo,
         operations,
@@ -247,23 +281,23 @@ def verify(api: HfApi, folder: StagedUpload, pushed: Pushed) -> None:
     """
     repo = pushed.repo
     with temporary_folder(_temporary_parent(), VERIFY) as cache:
-        listing = patiently(lambda: list(api.list_repo_tree(repo, revision=pushed.commit)))
+        listing = patiently(lambda: list(api.list_repo_tree(repo, revision=pushed.commit, recursive=True)))
         entries = {entry.path: entry for entry in listing if isinstance(entry, RepoFile)}
-        names = [file.name for file in folder.files()]
+        paths = {folder.path(file): file for file in folder.files()}
         again = patiently(
             snapshot_download,
             repo,
             revision=pushed.commit,
             cache_dir=cache,
-            allow_patterns=names,
+            allow_patterns=[glob.escape(path) for path in paths],
             force_download=True,
         )
-        for file in folder.files():
-            if file.name not in entries:
-                raise ValueError(f"{file.name} did not arrive in {repo} at {pushed.commit}")
-            kind, expected = expected_checksum(entries[file.name])
-            if not checksum(file, kind) == expected == checksum(Path(again, file.name), kind):
-                raise ValueError(f"{file.name} in {repo} at {pushed.commit} differs from what was pushed; push again")
+        for path, file in paths.items():
+            if path not in entries:
+                raise ValueError(f"{path} did not arrive in {repo} at {pushed.commit}")
+            kind, expected = expected_checksum(entries[path])
+            if not checksum(file, kind) == expected == checksum(Path(again, path), kind):
+                raise ValueError(f"{path} in {repo} at {pushed.commit} differs from what was pushed; push again")
         pushed.difference = largest_difference(folder.outputs, sample_outputs(load_model(Path(again))))
     if pushed.difference != 0:
         raise ValueError(f"the model in {repo} at {pushed.commit} gives other outputs: by {pushed.difference:g}")

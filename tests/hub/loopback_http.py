@@ -158,7 +158,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def tree(self, repo: str, revision: str):
         if repository := self.find(repo, revision):
-            self.answer(200, self.hub.listing(repository, revision))
+            listing, folders = self.hub.listing(repository, revision), {}
+            if parse_qs(urlsplit(self.path).query).get("recursive") != ["true"]:
+                folders = {e["path"].partition("/")[0] for e in listing if "/" in e["path"]}
+                listing = [e for e in listing if "/" not in e["path"]]
+            listing += [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in sorted(folders)]
+            self.answer(200, listing)
 
     def subfolder(self, repo: str, revision: str, folder: str):
         if repository := self.find(repo, revision):

@@ -6,7 +6,6 @@ from typing import Any
 from fastbert_hf.hub.card import DISTILLED_FROM
 from fastbert_hf.training.distillation.objective import WORDS
 
-PAGE = "distillation.md"
 NOT_TESTED = (
     "Other text than that named above, other languages, social bias, and tasks that are not in the table of scores. "
     "A score that hardly moves may hide what the hidden-state error shows: the student differs from its teacher by "

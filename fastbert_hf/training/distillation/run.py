@@ -21,19 +21,19 @@ from transformers import TrainingArguments, set_seed
 from fastbert_hf.data.masking import MaskedLanguageModelCollator
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.files import check_output_folder, file_digest, staged_folder
-from fastbert_hf.hub.card import DISTILLED_FROM, SUMMARY
+from fastbert_hf.hub.card import DISTILLATION_PAGE, DISTILLED_FROM, SUMMARY
+from fastbert_hf.hub.embedder import EMBEDDER_FILES
 from fastbert_hf.modeling_fastbert import FastBertForMaskedLM, FastBertForSequenceClassification
 from fastbert_hf.training.budget import BudgetClock
 from fastbert_hf.training.budget_progress import show_budget
 from fastbert_hf.training.checkpoints import check_checkpoint, find_checkpoint, remove_checkpoints
 from fastbert_hf.training.distillation.objective import WORDS, HiddenScale
-from fastbert_hf.training.distillation.report import PAGE
 from fastbert_hf.training.distillation.scores import check_labelled, score
 from fastbert_hf.training.distillation.settings import DistillationArguments, earlier_run, run_provenance
 from fastbert_hf.training.distillation.stages import STAGES, Stages
 from fastbert_hf.training.distillation.student import Student, student_of, without_dropout
 from fastbert_hf.training.distillation.student_fit import fit_student
-from fastbert_hf.training.distillation.teacher import EMBEDDER_FILES, Teacher, copy_embedder, load_teacher
+from fastbert_hf.training.distillation.teacher import Teacher, copy_embedder, load_teacher
 from fastbert_hf.training.distillation.texts import MaskedBatches, TextBatches, in_turn, read_texts, split_texts
 from fastbert_hf.training.distillation.trainer import DistillationTrainer
 from fastbert_hf.training.leaf_balance import add_balance, leaf_layers
@@ -131,7 +131,7 @@ def _remove_run(folder: Path) -> None:
     remove_checkpoints(folder)
     for name in (FITTED, LAYERS):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("config.json", STAGES, SUMMARY, PAGE, "README.md", *EMBEDDER_FILES, PROVENANCE):
+    for name in ("config.json", STAGES, SUMMARY, DISTILLATION_PAGE, "README.md", *EMBEDDER_FILES, PROVENANCE):
         (folder / name).unlink(missing_ok=True)
 
 

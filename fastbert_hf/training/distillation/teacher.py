@@ -15,18 +15,10 @@ import fastbert_hf
 from fastbert_hf.configuration_fastbert import FastBertConfig
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.extras import require_extra
+from fastbert_hf.hub.embedder import embedder_files, is_embedder, module_paths
 from fastbert_hf.modeling_fastbert import FastBertModel, FastBertPreTrainedModel
 from fastbert_hf.training.distillation.objective import Embed
 from fastbert_hf.training.distillation.student import dense_feed_forward, encoder_of
-
-MODULES = "modules.json"
-# files of sentence-transformers beside modules.json and the folders that it names
-# the longest text stands in a file that older versions named after the architecture
-EMBEDDER_FILES = (
-    MODULES,
-    "config_sentence_transformers.json",
-    *(f"sentence_{name}_config.json" for name in ("bert", "roberta", "distilbert", "camembert", "xlm-roberta")),
-)
 
 
 @dataclass(frozen=True)
@@ -79,44 +71,25 @@ def load_teacher(name: str) -> Teacher:
         MissingExtraError: a sentence embedder, without sentence-transformers.
     """
     folder = model_folder(name)
-    is_embedder = (folder / MODULES).is_file()
-    if is_embedder:
+    with_modules = is_embedder(folder)
+    if with_modules:
         require_extra("embedding")
         first = module_paths(folder)[0]
         if first:
             raise ValueError(f"the transformer of {name!r} lies in its folder {first!r}; expected it in the main one")
     try:
         config = FastBertConfig.from_pretrained(folder)
-        found = model_class(config, stored_architectures(folder), is_embedder)
+        found = model_class(config, stored_architectures(folder), with_modules)
         model = found.from_pretrained(folder, config=config, dtype=torch.float32)  # weights may be stored in 16 bits
     except OSError as error:
         raise ValueError(f"no model can be loaded from {name!r}: {str(error).strip().splitlines()[0]}") from error
     dense_feed_forward(encoder_of(model))
     tokenizer = load_tokenizer(folder)
     longest = min(config.longest_sequence, tokenizer.model_max_length)
-    if not is_embedder:
+    if not with_modules:
         return Teacher(folder, model.eval(), tokenizer, None, longest)
     embed, own_longest = _embedding_of(folder, config.hidden_size)
     return Teacher(folder, model.eval(), tokenizer, embed, min(longest, own_longest or longest))
-
-
-def module_paths(folder: Path) -> list[str]:
-    """The folders of the modules of an embedder, as modules.json names them; the main folder is "".
-
-    Raises:
-        ValueError: the file is not a list of modules, or names a folder outside the model's own.
-    """
-    file = folder / MODULES
-    try:
-        paths = [module.get("path", "") for module in json.loads(file.read_text(encoding="utf-8"))]
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{str(file)!r} cannot be read: {error}") from error
-    if not paths:
-        raise ValueError(f"{str(file)!r} names no module")
-    for path in paths:
-        if not isinstance(path, str) or Path(path).is_absolute() or ".." in Path(path).parts:
-            raise ValueError(f"{str(file)!r} names the folder {path!r}; expected one inside the model's")
-    return paths
 
 
 def stored_architectures(folder: Path) -> list[str]:
@@ -172,12 +145,6 @@ def _embedding_of(folder: Path, hidden_size: int) -> tuple[Embed, int | None]:
 
 def copy_embedder(source: Path, target: Path) -> None:
     """Copy what makes a folder a model of sentence-transformers: pooling, normalisation, prompts, longest text."""
-    if not (source / MODULES).is_file():
-        return
-    paths = module_paths(source)
-    for name in EMBEDDER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    for path in paths:
-        if path and (source / path).is_dir():  # a module without settings has no files, and a Hub no empty folders
-            shutil.copytree(source / path, target / path, dirs_exist_ok=True)
+    for path in embedder_files(source):
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / path, target / path)

@@ -63,7 +63,8 @@ HEADS = {
     "ForTokenClassification": "FastBertForTokenClassification",
     "ForQuestionAnswering": "FastBertForQuestionAnswering",
     "ForMultipleChoice": "FastBertForMultipleChoice",
-    "Model": "FastBertModel",
+    "LMHeadModel": "FastBertForMaskedLM",  # one that is no decoder
+    "Model": "FastBertModel",  # the last: other names end with it
 }
 SAME_NAMES = (
     "vocab_size",

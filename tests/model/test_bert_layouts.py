@@ -136,6 +136,15 @@ def test_every_encoder_computes_what_it_did_and_is_saved_as_our_own(tmp_path, fa
     assert_same(outputs_of(again, inputs), outputs_of(original, inputs))
 
 
+def test_a_bert_with_a_language_model_head_keeps_it(tmp_path):
+    original = make("Bert", "LMHeadModel")
+    original.save_pretrained(tmp_path)
+    config = FastBertConfig.from_pretrained(tmp_path)
+    assert config.architectures == ["FastBertForMaskedLM"]
+    inputs = batch("Bert", "right")
+    assert_same(outputs_of(ours("ForMaskedLM").from_pretrained(tmp_path), inputs), outputs_of(original, inputs))
+
+
 def heads_of_families():
     for family in FAMILIES:
         for head in HEADS:

@@ -134,13 +134,19 @@ class TextBatches(Dataset):
         return dict(self.tokenizer.pad(encoded, return_attention_mask=True, return_tensors="pt"))
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_seq_length: int) -> dict:
-    firsts = [text if isinstance(text, str) else text[0] for text in texts]
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_seq_length: int) -> dict[str, list]:
+    """What a tokenizer makes of texts and pairs, in their order: all texts in one call, and all pairs."""
     options = {"truncation": True, "max_length": max_seq_length}
-    if all(isinstance(text, str) for text in texts):
-        return tokenizer(firsts, **options)
-    singles = [tokenizer(*((text,) if isinstance(text, str) else text), **options) for text in texts]
-    return {name: [single[name] for single in singles] for name in singles[0]}
+    single = [number for number, text in enumerate(texts) if isinstance(text, str)]
+    paired = [number for number, text in enumerate(texts) if not isinstance(text, str)]
+    parts = []
+    if single:
+        parts.append(tokenizer([texts[number] for number in single], **options))
+    if paired:
+        parts.append(tokenizer(*map(list, zip(*(texts[number] for number in paired))), **options))
+    order = np.argsort(single + paired)
+    joined = {name: list(itertools.chain.from_iterable(part[name] for part in parts)) for name in parts[0]}
+    return {name: [values[place] for place in order] for name, values in joined.items()}
 
 
 class MaskedBatches(Dataset):

@@ -21,3 +21,20 @@ def test_so_many_of_the_tokens_are_masked_however_much_padding_there_is(tiny, sh
     assert not (masked["masked"] & (special | ~visible)).any()
     assert torch.equal(masked["input_ids"][~masked["masked"]], plain["input_ids"][~masked["masked"]])
     assert (masked["input_ids"][masked["masked"]] == tokenizer.mask_token_id).any()
+
+
+@pytest.mark.parametrize(("pairs", "calls"), [(10, 1), (0, 1), (4, 2)])
+def test_texts_and_pairs_are_tokenized_together_and_as_one_by_one(tiny, monkeypatch, pairs, calls):
+    tokenizer = load_tokenizer(tiny / "tokenizer")
+    words = (tiny / "corpus.txt").read_text().splitlines()
+    texts = [(words[i], words[i + 20]) if i % 5 < pairs / 2 else words[i] for i in range(10)]
+    assert sum(isinstance(text, tuple) for text in texts) == pairs
+    options = {"truncation": True, "max_length": 12}
+    expected = [tokenizer(*((text,) if isinstance(text, str) else text), **options) for text in texts]
+    made, call = [], type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *args, **kwargs: made.append(1) or call(*args, **kwargs))
+    batches = TextBatches(texts, tokenizer, 12, 1)
+    assert len(made) == calls
+    found = [batches[number] for number in range(10)]
+    for name in ("input_ids", "token_type_ids"):
+        assert sorted(batch[name][0].tolist() for batch in found) == sorted(single[name] for single in expected)

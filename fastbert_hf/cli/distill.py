@@ -16,11 +16,11 @@ from fastbert_hf.benchmarks.distilled import form_for_speed, speed_rows
 from fastbert_hf.benchmarks.machine import processor_name
 from fastbert_hf.cli.arguments import RecipeArgumentParser
 from fastbert_hf.files import write_text
-from fastbert_hf.hub.card import DISTILLATION_PAGE, SUMMARY, kept_metadata
+from fastbert_hf.hub.card import DISTILLATION_PAGE, LICENCE_METADATA, SUMMARY, hub_name, kept_metadata
 from fastbert_hf.training.distillation.report import render_report
 from fastbert_hf.training.distillation.run import distill
 from fastbert_hf.training.distillation.settings import DistillationArguments, earlier_form
-from fastbert_hf.training.distillation.teacher import load_teacher
+from fastbert_hf.training.distillation.teacher import Teacher, load_teacher
 from fastbert_hf.training.publishing import write_model_card
 
 DEFAULTS = {"learning_rate": 3e-4, "logging_steps": 50, "save_total_limit": 1, "report_to": ["none"]}
@@ -31,6 +31,18 @@ class SpeedArguments:
     """Whether the speed is measured."""
 
     measure_speed: bool = field(default=True, metadata={"help": "time original and result in the end, one thread"})
+
+
+def inherited_metadata(name: str, teacher: Teacher) -> dict[str, Any]:
+    """What the card of a student takes over: licence and language of its teacher, and where it comes from.
+
+    Args:
+        name: folder or Hub name of the teacher. One in a folder says itself which model it comes from.
+        teacher: what it is.
+    """
+    kept = kept_metadata(teacher.folder)
+    inherited = {key: kept[key] for key in (*LICENCE_METADATA, "language", "base_model") if key in kept}
+    return inherited | ({"base_model": name} if hub_name(name) else {})
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -57,6 +69,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     write_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     page = render_report(summary)
     write_text(folder / DISTILLATION_PAGE, page)
-    write_model_card(student.model, folder, args.hub_model_id, kept_metadata(teacher.folder).get("license"))
+    declared = inherited_metadata(options.model_name_or_path, teacher)
+    write_model_card(student.model, folder, args.hub_model_id, declared)
     print(page)
     return summary

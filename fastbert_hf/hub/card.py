@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from fastbert_hf.checkpoint_fastbert import read_json
 from fastbert_hf.configuration_fastbert import FastBertConfig
 from fastbert_hf.data.glue import CUSTOM, HUB_DATASET
+from fastbert_hf.hub.embedder import is_embedder
 from fastbert_hf.hub.origin import repository_address
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -34,7 +37,8 @@ METRICS = {
     "spearman": "Spearman correlation",
 }
 METRIC_IDS = {"pearson": "pearsonr", "spearman": "spearmanr"}  # as https://hf.co/metrics calls them
-KEPT_METADATA = ("license", "license_name", "license_link", "language", "base_model", "datasets")
+LICENCE_METADATA = ("license", "license_name", "license_link")
+KEPT_METADATA = (*LICENCE_METADATA, "language", "base_model", "datasets")
 
 
 def kept_metadata(folder: Path) -> dict[str, Any]:
@@ -48,6 +52,20 @@ def kept_metadata(folder: Path) -> dict[str, Any]:
     except yaml.YAMLError:
         return {}
     return {name: header[name] for name in KEPT_METADATA if header.get(name)} if isinstance(header, dict) else {}
+
+
+def hub_name(model: str) -> str | None:
+    """The name of a model on the Hub; None for a local path."""
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return None
+    return None if Path(model).is_dir() else model
+
+
+def public_name(model: str) -> str:
+    """The name of a model on the Hub, or the folder's name alone of a local path, which concerns nobody else."""
+    return hub_name(model) or PureWindowsPath(model).name  # it takes "/" and the backslash for separators
 
 
 def evaluation_results(summary: Mapping[str, Any]) -> list[EvalResult]:
@@ -187,13 +205,32 @@ def _about(file: Path) -> Iterator[None]:
         ) from error
 
 
+def _metadata(folder: Path, declared: Mapping[str, Any]) -> dict[str, Any]:
+    """What README.md declares, with what is declared in its place."""
+    with _about(folder / CARD):
+        metadata = kept_metadata(folder)
+    replaced = LICENCE_METADATA if "license" in declared else ()
+    return {name: value for name, value in metadata.items() if name not in replaced} | dict(declared)
+
+
+def _sections(folder: Path, summary: Mapping[str, Any], parameters: int) -> dict[str, str]:
+    """What the card says of the training run in its folder, by the names of the template."""
+    return {
+        "results": results_table(summary),
+        "sources": sources_text(summary),
+        "limits": limits_text(summary, parameters),
+        "training": training_text(summary, read_json(folder / RECIPE)),
+        "distilled_from": public_name(summary.get(DISTILLED_FROM, "")),
+    }
+
+
 def render_card(
     folder: Path,
     config: FastBertConfig,
     architecture: str,
     parameters: int,
     repo: str,
-    license: str | None = None,
+    declared: Mapping[str, Any] | None = None,
     speed: Path | None = None,
 ) -> str:
     """Render the card of a model.
@@ -204,7 +241,8 @@ def render_card(
         architecture: name of its class.
         parameters: number of values, tied ones once.
         repo: NAMESPACE/NAME it will be found under.
-        license: the Hub's name of a licence, in place of what README.md declares.
+        declared: metadata in place of what README.md declares, such as {"license": "mit"}. A licence takes the place
+            of its name and link, too.
         speed: results.json of `scripts/benchmark.py`.
 
     Returns:
@@ -213,20 +251,19 @@ def render_card(
     Raises:
         ValueError: a file that is not what it should be.
     """
-    summary, recipe = read_json(folder / SUMMARY), read_json(folder / RECIPE)
-    with _about(folder / CARD):
-        metadata = kept_metadata(folder) | ({"license": license} if license else {})
+    summary = read_json(folder / SUMMARY)
+    metadata = _metadata(folder, declared or {})
     with _about(folder / SUMMARY):
         evaluations = evaluation_results(summary)
-        sections = {"results": results_table(summary), "sources": sources_text(summary)}
-        sections |= {"limits": limits_text(summary, parameters), "training": training_text(summary, recipe)}
+        sections = _sections(folder, summary, parameters)
     with _about(speed or folder):
         sections["speed"] = speed_table(speed, config) if speed else ""
     pipeline, auto_class = PIPELINES[architecture]
+    embedder = is_embedder(folder)
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag=pipeline,
-        tags=["fastbert", "fast-feedforward"],
+        pipeline_tag="sentence-similarity" if embedder else pipeline,
+        tags=["fastbert", "fast-feedforward", *(["sentence-transformers"] if embedder else [])],
         model_name=repo.rpartition("/")[2],
         eval_results=evaluations or None,
         **metadata,
@@ -239,9 +276,9 @@ def render_card(
         repository=repository_address(),
         parameters=f"{parameters:,}",
         labels=", ".join(config.id2label.values()) if pipeline.endswith("classification") else "",
+        is_embedder=embedder,
         has_tokenizer=(folder / "tokenizer_config.json").is_file(),
         **sections,
-        distilled_from=summary.get(DISTILLED_FROM, ""),
         neurons_per_token=config.neurons_per_token,
         neurons_per_layer=config.neurons_per_layer,
         **config.to_dict(),

@@ -143,9 +143,8 @@ def _fill(stage: Path, source: Path, repo: str, options: PushOptions) -> list[to
             shutil.copyfile(source / name, stage / name)
     _copy_embedder(source, stage)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    card = render_card(
-        source, model.config, type(model).__name__, parameters, repo, options.license, options.benchmark
-    )
+    declared = {"license": options.license} if options.license else {}
+    card = render_card(source, model.config, type(model).__name__, parameters, repo, declared, options.benchmark)
     (stage / CARD).write_text(card, encoding="utf-8")
     check_no_token(stage)
     return sample_outputs(model)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,18 +116,21 @@ def write_card(trainer: "Trainer") -> None:
 
 
 def write_model_card(
-    model: FastBertPreTrainedModel, folder: Path, repo: str | None = None, license: str | None = None
+    model: FastBertPreTrainedModel,
+    folder: Path,
+    repo: str | None = None,
+    declared: Mapping[str, Any] | None = None,
 ) -> None:
     """Write README.md of a model into its folder, from the summary that lies there.
 
     Args:
         model: what the card describes. repo: where it will be found; default: the folder's name.
-        license: the Hub's name of a licence.
+        declared: metadata for its header, such as the licence.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     name = repo or folder.absolute().name
     write_text(
-        folder / "README.md", render_card(folder, model.config, type(model).__name__, parameters, name, license)
+        folder / "README.md", render_card(folder, model.config, type(model).__name__, parameters, name, declared)
     )
 
 

@@ -115,10 +115,49 @@ def test_speed_is_quoted_only_where_it_was_measured(tmp_path):
 def test_licence_and_origin_of_the_folder_are_kept(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\nsecret: x\n---\n# old\n")
     assert header(card(tmp_path))["license"] == "apache-2.0" and "secret" not in card(tmp_path)
-    assert header(card(tmp_path, license="mit"))["license"] == "mit"
+    assert header(card(tmp_path, declared={"license": "mit"}))["license"] == "mit"
     for broken in ("no header", "---\n[\n---\n", "---\n- a list\n---\n"):
         (tmp_path / "README.md").write_text(broken)
         assert "license" not in header(card(tmp_path))
+
+
+def test_a_licence_that_is_given_replaces_name_and_link_too(tmp_path):
+    own = "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\nlanguage: en\n---\n"
+    (tmp_path / "README.md").write_text(own)
+    kept = header(card(tmp_path))
+    assert (kept["license"], kept["license_name"], kept["license_link"]) == ("other", "own", "LICENSE")
+    given = header(card(tmp_path, declared={"license": "mit"}))
+    assert (given["license"], given["language"]) == ("mit", "en") and not {"license_name", "license_link"} & set(
+        given
+    )
+
+
+@pytest.mark.parametrize(
+    ("origin", "shown"),
+    [
+        ("sentence-transformers/all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"),
+        ("bert-base-uncased", "bert-base-uncased"),
+        ("/home/me/secret/teacher", "teacher"),
+        ("../me/teacher/", "teacher"),
+        ("~/runs/teacher", "teacher"),
+        ("D:\\me\\teacher", "teacher"),
+        ("runs/here", "here"),
+    ],
+)
+def test_of_a_local_origin_only_the_name_is_shown(tmp_path, monkeypatch, origin, shown):
+    (tmp_path / "runs" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps({"distilled_from": origin}))
+    assert f"| distilled from | {shown}; [what was lost](distillation.md) |" in card(tmp_path)
+
+
+def test_the_card_of_a_sentence_embedder_says_so(tmp_path):
+    (tmp_path / "modules.json").write_text("[]")
+    text = card(tmp_path, name="FastBertModel")
+    assert header(text)["pipeline_tag"] == "sentence-similarity" and "sentence-transformers" in header(text)["tags"]
+    assert 'SentenceTransformer("somebody/small")' in text and "model.encode(" in text
+    (tmp_path / "modules.json").unlink()
+    assert "sentence" not in card(tmp_path, name="FastBertModel")
 
 
 def test_the_template_is_the_one_at_the_top_and_travels_with_the_package(tmp_path):
@@ -134,6 +173,7 @@ def test_the_template_is_the_one_at_the_top_and_travels_with_the_package(tmp_pat
     [
         ("summary.json", b'{"task": "mrpc", "f1": "high"}'),
         ("summary.json", b'{"sources": [1]}'),
+        ("summary.json", b'{"distilled_from": 5}'),
         ("summary.json", b'{"validation_loss": null}'),
         ("README.md", b"\xff\xfe"),
         ("README.md", b"---\nlicense: " + b"[" * 10_000),

@@ -1,9 +1,10 @@
 """distillation.md: what a distilled model kept, what it gained, and what was not tested."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
-from fastbert_hf.hub.card import DISTILLED_FROM
+from fastbert_hf.hub.card import DISTILLED_FROM, public_name
 from fastbert_hf.training.distillation.objective import WORDS
 
 NOT_TESTED = (
@@ -11,6 +12,16 @@ NOT_TESTED = (
     "A score that hardly moves may hide what the hidden-state error shows: the student differs from its teacher by "
     "that much."
 )
+
+
+def short_names(files: Collection[str]) -> list[str]:
+    """As many of the last parts of files' paths as tell them apart: one reads the page on other machines."""
+    paths = [Path(file).absolute().parts for file in files]
+    for count in range(1, max(map(len, paths), default=0) + 1):
+        names = ["/".join(parts[-count:]) for parts in paths]
+        if len(set(names)) == len(set(paths)):
+            return names
+    return []
 
 
 def render_report(summary: Mapping[str, Any]) -> str:
@@ -21,7 +32,7 @@ def render_report(summary: Mapping[str, Any]) -> str:
             {"case", "teacher_ms", "student_ms"}) beside it where they were measured.
     """
     lines = [
-        f"# Distilled from {summary[DISTILLED_FROM]}",
+        f"# Distilled from {public_name(summary[DISTILLED_FROM])}",
         "",
         f"Feed-forward layers: {summary['form']}. A token uses {summary['neurons_per_token']:,} of "
         f"{summary['neurons_per_layer']:,} neurons of a layer.",
@@ -31,8 +42,8 @@ def render_report(summary: Mapping[str, Any]) -> str:
     ]
     if summary.get("scores"):
         lines += ["| score on | teacher | after fitting the layers | this model |", "|---|---|---|---|"]
-        for file, row in summary["scores"].items():
-            lines.append(f"| {file} | {row['teacher']:.4f} | {row['fitted']:.4f} | {row['student']:.4f} |")
+        for name, row in zip(short_names(summary["scores"]), summary["scores"].values()):
+            lines.append(f"| {name} | {row['teacher']:.4f} | {row['fitted']:.4f} | {row['student']:.4f} |")
         lines += ["", "Rank correlation for embedders and regression, share of right answers for classifiers.", ""]
     lines += ["| on held-out text | after fitting the layers | this model |", "|---|---|---|"]
     names = WORDS | {"hidden_error": "hidden-state error, last layer"}

@@ -7,6 +7,7 @@ Each stage leaves a model that loads, and a run that was interrupted goes on whe
 
 import dataclasses
 import math
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from transformers import TrainingArguments, set_seed
 from fastbert_hf.data.masking import MaskedLanguageModelCollator
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.files import check_output_folder, file_digest, staged_folder
-from fastbert_hf.hub.card import DISTILLATION_PAGE, DISTILLED_FROM, SUMMARY
+from fastbert_hf.hub.card import DISTILLATION_PAGE, DISTILLED_FROM, SUMMARY, hub_name
 from fastbert_hf.hub.embedder import EMBEDDER_FILES
 from fastbert_hf.modeling_fastbert import FastBertForMaskedLM, FastBertForSequenceClassification
 from fastbert_hf.training.budget import BudgetClock
@@ -295,7 +296,8 @@ def _summary(run: Run, student: Student) -> dict[str, Any]:
             student.encoder(**batch)
     usage = [layer for layer in tree_usage(counts) if "leaf_fractions" in layer]
     return {
-        DISTILLED_FROM: options.model_name_or_path,
+        # a relative path could later be taken for a name on the Hub
+        DISTILLED_FROM: hub_name(options.model_name_or_path) or os.path.abspath(options.model_name_or_path),
         "form": options.student_form,
         "neurons_per_token": config.neurons_per_token,
         "neurons_per_layer": config.neurons_per_layer,

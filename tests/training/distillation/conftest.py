@@ -8,7 +8,8 @@ from tests.training.distillation.runs import SIZES, save_bert
 @pytest.fixture(scope="module")
 def bert(tiny, tmp_path_factory):
     folder = save_bert(tiny, tmp_path_factory.mktemp("bert"))
-    (folder / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    license = "license: other\nlicense_name: own\nlicense_link: https://example.org\n"
+    (folder / "README.md").write_text(f"---\n{license}language: en\nbase_model: somebody/base\n---\n# A model\n")
     return folder
 
 

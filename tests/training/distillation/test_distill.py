@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoTokenizer
 
 from fastbert_hf import FastBertForSequenceClassification, FastBertModel, LeafFeedForward
@@ -40,7 +41,11 @@ def test_a_bert_becomes_a_faster_model_and_a_page_says_what_it_lost(tiny, bert, 
     page = (tmp_path / "distillation.md").read_text()
     assert f"{summary['eval_hidden_error']:.4f}" in page and "times the speed" in page and "corpus.txt" in page
     card = (tmp_path / "README.md").read_text()
-    assert f"| distilled from | {bert}; [what was lost](distillation.md) |" in card and "license: mit" in card
+    assert f"| distilled from | {bert.name}; [what was lost](distillation.md) |" in card
+    assert str(bert) not in card + page and str(tiny) not in page and summary["distilled_from"] == str(bert)
+    header = ModelCard(card).data
+    assert (header.license, header.license_name, header.license_link) == ("other", "own", "https://example.org")
+    assert (header.language, header.base_model) == ("en", "somebody/base")
     assert "| neurons of a leaf | 6 |" in card and "uses 6 of the 24 feed-forward neurons" in card
 
 

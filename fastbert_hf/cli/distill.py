@@ -42,7 +42,10 @@ def inherited_metadata(name: str, teacher: Teacher) -> dict[str, Any]:
     """
     kept = kept_metadata(teacher.folder)
     inherited = {key: kept[key] for key in (*LICENCE_METADATA, "language", "base_model") if key in kept}
-    return inherited | ({"base_model": name} if hub_name(name) else {})
+    own = inherited.pop("base_model", [])
+    bases = [name] if hub_name(name) else [own] if isinstance(own, str) else own
+    bases = [base for base in bases if hub_name(base)]  # a card may name a folder on the machine of its author
+    return inherited | ({"base_model": bases if len(bases) > 1 else bases[0]} if bases else {})
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -221,6 +221,7 @@ def _sections(folder: Path, summary: Mapping[str, Any], parameters: int) -> dict
         "limits": limits_text(summary, parameters),
         "training": training_text(summary, read_json(folder / RECIPE)),
         "distilled_from": public_name(summary.get(DISTILLED_FROM, "")),
+        "distillation_page": DISTILLATION_PAGE if (folder / DISTILLATION_PAGE).is_file() else "",
     }
 
 

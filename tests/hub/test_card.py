@@ -148,6 +148,8 @@ def test_of_a_local_origin_only_the_name_is_shown(tmp_path, monkeypatch, origin,
     (tmp_path / "runs" / "here").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "summary.json").write_text(json.dumps({"distilled_from": origin}))
+    assert f"| distilled from | {shown} |" in card(tmp_path)
+    (tmp_path / "distillation.md").write_text("# What was lost\n")
     assert f"| distilled from | {shown}; [what was lost](distillation.md) |" in card(tmp_path)
 
 

@@ -23,5 +23,9 @@ def test_a_teacher_of_the_hub_is_the_base_model_and_one_in_a_folder_names_its_ow
     teacher = SimpleNamespace(folder=tmp_path)
     assert inherited_metadata("somebody/teacher", teacher) == {"license": "mit", "base_model": "somebody/teacher"}
     assert inherited_metadata(str(tmp_path), teacher) == {"license": "mit", "base_model": "a/b"}
+    (tmp_path / "README.md").write_text("---\nbase_model: [a/b, c/d]\nlanguage: [en, de]\n---\n")
+    assert inherited_metadata(str(tmp_path), teacher) == {"base_model": ["a/b", "c/d"], "language": ["en", "de"]}
+    (tmp_path / "README.md").write_text("---\nlicense: mit\nbase_model: /home/me/bert\n---\n")
+    assert inherited_metadata(str(tmp_path), teacher) == {"license": "mit"}
     (tmp_path / "README.md").unlink()
     assert inherited_metadata(str(tmp_path), teacher) == {}

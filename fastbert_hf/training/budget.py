@@ -1,4 +1,4 @@
-"""How much a pretraining run may spend, how much it has spent, and what follows from that: rate and batch size."""
+"""How much a run may spend, how much it has spent, and what follows from that: rate and batch size."""
 
 import time
 from dataclasses import asdict, dataclass, field

@@ -1,4 +1,4 @@
-"""The Trainer of pretraining: a budget, a growing batch, a run that resumes exactly from its last checkpoint."""
+"""A Trainer under a budget: rate and batch follow a clock, a run resumes exactly from its last checkpoint."""
 
 import contextlib
 import logging
@@ -100,7 +100,7 @@ class BudgetTrainer(Trainer):
         state = TrainerState.load_from_json(str(Path(checkpoint) / STATE)).stateful_callbacks or {}
         stored = state.get(type(self).__name__, {}).get("args")
         if stored is None:
-            raise ValueError(f"{checkpoint!r} holds no budget clock: it was not written by a pretraining run")
+            raise ValueError(f"{checkpoint!r} holds no budget clock: it was written by another kind of run")
         for name, here in self._place().items():
             if stored[name] != here:
                 raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoModel
 
-from fastbert_hf.benchmarks.distilled import original_encoder, speed
+from fastbert_hf.benchmarks.distilled import CASES, original_encoder, speed
 from fastbert_hf.benchmarks.machine import processor_name
 from fastbert_hf.benchmarks.plots import plot_quality_against_latency
 from fastbert_hf.checkpoint_fastbert import read_json
@@ -73,39 +73,41 @@ def compare_distilled(folders: list[str], output_dir: str, rounds: int = 15) -> 
     teacher = load_teacher(some[DISTILLED_FROM])
     models = {"teacher": original_encoder(teacher)}
     models |= {form: encoder_of(AutoModel.from_pretrained(found[0]["folder"])) for form, found in runs.items()}
-    case = (1, min(128, teacher.max_seq_length))
-    milliseconds = speed(models, case, rounds=rounds)
-    results = {"machine": processor_name(), "case": case, "milliseconds": milliseconds, "runs": runs}
+    cases = [case for case in CASES if case[1] <= teacher.max_seq_length]
+    milliseconds = {f"{case[0]} x {case[1]}": speed(models, case, rounds=rounds) for case in cases}
+    results = {"machine": processor_name(), "milliseconds": milliseconds, "runs": runs}
     write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
     if files:
-        points = {
-            form: (milliseconds[form], [run["scores"][files[0]]["student"] for run in found])
-            for form, found in runs.items()
-        }
-        points["teacher"] = (milliseconds["teacher"], [some["scores"][files[0]]["teacher"]])
-        plot_quality_against_latency(points, f"{case[0]} x {case[1]} tokens", _short(files[0]), folder / PICTURE)
-    table = format_runs(runs, milliseconds, case)
+        scores = {form: [run["scores"][files[0]]["student"] for run in found] for form, found in runs.items()}
+        scores["teacher"] = [some["scores"][files[0]]["teacher"]]
+        plot_quality_against_latency(scores, milliseconds, _short(files[0]), folder / PICTURE)
+    table = format_runs(runs, milliseconds)
     write_text(folder / TABLE, table + "\n")
     return table
 
 
-def format_runs(runs: dict[str, list[dict[str, Any]]], milliseconds: dict[str, float], case: tuple[int, int]) -> str:
-    """A Markdown table: each form, the fastest first; of several seeds the mean and each value."""
+def format_runs(runs: dict[str, list[dict[str, Any]]], milliseconds: dict[str, dict[str, float]]) -> str:
+    """A Markdown table: each form, in the order of speed in the last case; of several seeds the mean and each value.
+
+    Args:
+        runs: as `load_runs` gives them. milliseconds: case -> form or "teacher" -> ms.
+    """
     files = list(next(iter(runs.values()))[0]["scores"])
-    head = ["form", "neurons active", "seeds", f"ms, {case[0]} x {case[1]}", "over the teacher"]
+    head = ["form", "neurons active", "seeds", *(f"{case}: ms, over the teacher" for case in milliseconds)]
     for file in files:
         head += [_short(file), "of the gap"]
     head += ["hidden-state error", "1 - cosine"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     teacher = next(iter(runs.values()))[0]
-    row = ["teacher", "all", "", f"{milliseconds['teacher']:.1f}", "1"]
+    row = ["teacher", "all", "", *(f"{found['teacher']:.1f}" for found in milliseconds.values())]
     for file in files:
         row += [f"{100 * teacher['scores'][file]['teacher']:.2f}", "100 %"]
     lines.append("| " + " | ".join([*row, "0", "0"]) + " |")
-    for form in sorted(runs, key=milliseconds.get):
+    *_, last = milliseconds.values()
+    for form in sorted(runs, key=last.get):
         found = runs[form]
         row = [form, f"{found[0]['neurons_per_token']} of {found[0]['neurons_per_layer']}", str(len(found))]
-        row += [f"{milliseconds[form]:.1f}", f"{milliseconds['teacher'] / milliseconds[form]:.2f}x"]
+        row += [f"{times[form]:.1f}, {times['teacher'] / times[form]:.2f}x" for times in milliseconds.values()]
         for file in files:
             row += [_values([100 * run["scores"][file]["student"] for run in found], 2), _gap(runs, form, file)]
         row.append(_values([run["eval_hidden_error"] for run in found], 3))

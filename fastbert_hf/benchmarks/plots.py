@@ -55,19 +55,24 @@ def plot_speedup_against_depth(rows: list[Row], path: Path) -> None:
 
 
 def plot_quality_against_latency(
-    points: dict[str, tuple[float, list[float]]], case: str, data: str, path: Path
+    scores: dict[str, list[float]], milliseconds: dict[str, dict[str, float]], data: str, path: Path
 ) -> None:
-    """Score against milliseconds, a point a model: name -> (ms, the score of each seed)."""
-    figure, (axis,) = _panels(1)
-    for name, (milliseconds, scores) in points.items():
-        mean = sum(scores) / len(scores)
-        axis.errorbar(
-            milliseconds, mean, yerr=[[mean - min(scores)], [max(scores) - mean]], marker="o", capsize=3, linestyle=""
-        )
-        axis.annotate(name, (milliseconds, mean), textcoords="offset points", xytext=(5, 5), fontsize=8)
-    axis.set(xlabel=f"ms, {case}, one thread", ylabel=f"score on {data}")
-    axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    """Score against milliseconds, a point a model with the range of its seeds; one panel a case.
+
+    Args:
+        scores: model -> the score of each seed, on `data`. milliseconds: case -> model -> ms.
+    """
+    figure, axes = _panels(len(milliseconds))
+    for axis, (case, times) in zip(axes, milliseconds.items()):
+        for name, values in scores.items():
+            mean = sum(values) / len(values)
+            spread = [[mean - min(values)], [max(values) - mean]]
+            axis.errorbar(times[name], mean, yerr=spread, marker="o", capsize=3, linestyle="")
+            axis.annotate(name, (times[name], mean), textcoords="offset points", xytext=(5, 5), fontsize=8)
+        axis.set(xlabel="ms, one thread", ylabel=f"score on {data}", title=f"{case} tokens")
+        axis.margins(x=0.15)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
 
 
 def _panels(count: int):

@@ -23,17 +23,23 @@ def write(folder, content):
     return str(folder)
 
 
+MILLISECONDS = {
+    "1 x 16": {"teacher": 3.0, "leaf:1x4": 1.5, "dense:1": 2.0},
+    "32 x 64": {"teacher": 30.0, "leaf:1x4": 15.0, "dense:1": 10.0},
+}
+
+
 def test_the_gap_is_that_between_no_feed_forward_and_the_teacher():
     runs = {"leaf:1x4": [summary("leaf:1x4", 0.8), summary("leaf:1x4", 0.9)], "dense:1": [summary("dense:1", 0.7)]}
-    lines = format_runs(runs, {"teacher": 30.0, "leaf:1x4": 15.0, "dense:1": 10.0}, (1, 128)).splitlines()
-    assert lines[2] == "| teacher | all |  | 30.0 | 1 | 90.00 | 100 % | 0 | 0 |"
-    assert lines[3] == "| dense:1 | 4 of 8 | 1 | 10.0 | 3.00x | 70.00 | 0 % | 0.250 | 0.125 |"
+    lines = format_runs(runs, MILLISECONDS).splitlines()
+    assert lines[2] == "| teacher | all |  | 3.0 | 30.0 | 90.00 | 100 % | 0 | 0 |"
+    assert lines[3] == "| dense:1 | 4 of 8 | 1 | 2.0, 1.50x | 10.0, 3.00x | 70.00 | 0 % | 0.250 | 0.125 |"
     assert lines[4] == (
-        "| leaf:1x4 | 4 of 8 | 2 | 15.0 | 2.00x | 85.00 (80.00, 90.00) | 75 % | 0.250 (0.250, 0.250) "
+        "| leaf:1x4 | 4 of 8 | 2 | 1.5, 2.00x | 15.0, 2.00x | 85.00 (80.00, 90.00) | 75 % | 0.250 (0.250, 0.250) "
         "| 0.125 (0.125, 0.125) |"
     )
     worse = {**runs, "dense:1": [summary("dense:1", 0.95)]}
-    assert "no gap" in format_runs(worse, {"teacher": 30.0, "leaf:1x4": 15.0, "dense:1": 10.0}, (1, 128))
+    assert "no gap" in format_runs(worse, MILLISECONDS)
 
 
 def test_only_like_runs_are_compared(tmp_path):
@@ -79,5 +85,6 @@ def test_a_comparison_measures_every_form_once_and_writes_table_numbers_and_pict
     out = tmp_path / "out"
     assert (out / "comparison.md").read_text() == table + "\n" and (out / "comparison.png").stat().st_size > 0
     found = json.loads((out / "comparison.json").read_text())
-    assert set(found["milliseconds"]) == {"teacher", "dense:1", "dense:8"} and found["case"] == [1, 64]
+    assert set(found["milliseconds"]) == {"1 x 16", "32 x 64"}  # the teacher reads 64 tokens
+    assert all(set(times) == {"teacher", "dense:1", "dense:8"} for times in found["milliseconds"].values())
     assert "| dense:8 | 4 of 8 | 2 |" in table and "85.00 (80.00, 90.00)" in table

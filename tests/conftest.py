@@ -38,8 +38,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Tiny models gain nothing from threads, and lose much where other processes hold the cores."""
+    """Tiny models gain nothing from threads, and lose much where other processes hold the cores.
+
+    Numbers next to zero stay what they are: libraries that were loaded before may have had the processor flush them.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    torch.set_flush_denormal(False)
     yield
     torch.set_num_threads(threads)

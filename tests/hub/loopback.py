@@ -79,6 +79,7 @@ class Fault:
     pattern: str
     kind: str | int  # a status, "cut" (half an answer, then the connection closes) or "corrupt" (a byte changed)
     times: int = 1
+    after: int = 0  # matching requests that go well first
 
 
 class LoopbackHub:
@@ -137,13 +138,16 @@ class LoopbackHub:
         self.lfs.update({blob.sha256: blob.content for blob in blobs.values() if blob.lfs})
         return repository
 
-    def fail(self, method: str, pattern: str, kind: str | int, times: int = 1) -> None:
-        self.faults.append(Fault(method, pattern, kind, times))
+    def fail(self, method: str, pattern: str, kind: str | int, times: int = 1, after: int = 0) -> None:
+        self.faults.append(Fault(method, pattern, kind, times, after))
 
     def fault(self, method: str, path: str) -> str | int | None:
         with self.lock:
             for fault in self.faults:
                 if fault.times and fault.method == method and re.search(fault.pattern, path):
+                    if fault.after:
+                        fault.after -= 1
+                        continue
                     fault.times -= 1
                     return fault.kind
         return None

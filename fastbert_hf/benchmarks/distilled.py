@@ -1,30 +1,17 @@
 """How fast a distilled model is beside the one that it was made from."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
-from fastbert_hf.benchmarks.timing import interleaved
+from fastbert_hf.benchmarks.timing import interleaved, one_thread
 from fastbert_hf.training.distillation.student import encoder_of, student_of
 from fastbert_hf.training.distillation.teacher import Teacher
 
 CASES = ((1, 16), (1, 128), (32, 64))  # texts x tokens
 WIDTHS = (512, 384, 256, 192, 128, 96, 64, 48, 32, 16, 8, 4, 2, 1)  # leaf widths, the best one first
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread of torch inside."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def original_encoder(teacher: Teacher) -> PreTrainedModel:

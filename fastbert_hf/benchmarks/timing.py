@@ -3,12 +3,25 @@
 import os
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 BUSY_SHARE = 0.1  # of the machine's processor time taken by others while a round was measured
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread of torch inside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass

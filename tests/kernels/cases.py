@@ -1,11 +1,11 @@
 """Problems for the kernels, and what they are compared with: the reference in float64."""
 
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from fastbert_hf.benchmarks.timing import one_thread
 from fastbert_hf.fff_reference import fff_backward, fff_forward
 from fastbert_hf.leaf_reference import leaf_backward, leaf_forward
 from tests.forms import NODES, Form, leaves_of
@@ -133,7 +133,7 @@ def _draw(problem_type, form, sizes, activation, bias, dtype, seed):
     )
     for _ in range(100):
         wide = problem.double()
-        with one_thread():
+        with one_thread():  # the reference's small products wait for threads longer than they compute
             near = form.near_ties(wide.x, dict(zip(form.parameter_names, wide.tensors()[1:])), trees, depth)
         if width == 0 or not near.any():
             return problem
@@ -195,17 +195,6 @@ def assert_close(actual: Tensor, expected: Tensor, what: str, scale: float) -> N
         equal_nan=True,
         msg=lambda message: f"{what}: {message}",
     )
-
-
-@contextmanager
-def one_thread():
-    """For the reference, whose small products wait for threads longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def check(backend, problem: Problem) -> None:

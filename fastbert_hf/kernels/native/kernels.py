@@ -76,26 +76,12 @@ class NativeKernels:
         if self._forward is None:
             self._load()
         x = tensors[0]
-        num_rows, in_width = x.shape
-        y = x.new_empty((num_rows, out_width))
-        if num_rows == 0:
+        y = x.new_empty((x.shape[0], out_width))
+        if x.shape[0] == 0:
             return y
         # contiguous() returns the tensor itself where it can; the list keeps copies alive during the call
         tensors = [t if t is None else t.contiguous() for t in tensors]
-        status = self._forward(
-            *[t if t is None else t.data_ptr() for t in tensors],
-            y.data_ptr(),
-            *[t if t is None else t.data_ptr() for t in saved],
-            num_rows,
-            in_width,
-            out_width,
-            *sizes,
-            ACTIVATION_CODES[activation],
-            DTYPE_CODES[x.dtype],
-            torch.get_num_threads(),
-        )
-        if status:
-            self._raise_status(status)
+        self._call(self._forward, x, (*tensors, y, *saved), out_width, sizes, activation)
         return y
 
     def run_backward(
@@ -124,10 +110,16 @@ class NativeKernels:
         if num_rows == 0:
             return gradients
         sources = [t if t is None else t.contiguous() for t in sources]
-        status = self._backward(
-            *(t if t is None else t.data_ptr() for t in (*sources, *gradients)),
-            num_rows,
-            x.shape[1],
+        self._call(self._backward, x, (*sources, *gradients), out_width, sizes, activation)
+        return gradients
+
+    def _call(
+        self, function, x: Tensor, tensors: Sequence[Tensor | None], out_width: int, sizes: tuple, activation: str
+    ):
+        """One call of the library: its tensors in order, then all sizes and codes."""
+        status = function(
+            *[t if t is None else t.data_ptr() for t in tensors],
+            *x.shape,
             out_width,
             *sizes,
             ACTIVATION_CODES[activation],
@@ -136,7 +128,6 @@ class NativeKernels:
         )
         if status:
             self._raise_status(status)
-        return gradients
 
     def backward_in_chunks(
         self, grad_y: Tensor, inputs: Sequence, saved: Sequence[Tensor], activation: str, output_mask: Sequence[bool]

@@ -245,6 +245,7 @@ def _trainer(run: Run, student: Student) -> DistillationTrainer:
         teacher=run.teacher.model,
         variance=_hidden_variance(run),
         embed=run.teacher.embed,
+        teacher_dtype=options.products_dtype(args.device),
         clock=clock,
         save_minutes=options.save_minutes,
         provenance=run.provenance,

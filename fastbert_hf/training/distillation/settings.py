@@ -4,13 +4,14 @@ import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import torch
 from transformers import TrainingArguments
 
 from fastbert_hf.data.tokenizer import tokenizer_digest
 from fastbert_hf.files import file_digest
 from fastbert_hf.training.distillation.layer_fit import FitSettings
 from fastbert_hf.training.distillation.student import check_student_form, form_of
-from fastbert_hf.training.distillation.teacher import Teacher
+from fastbert_hf.training.distillation.teacher import Teacher, fast_dtype
 from fastbert_hf.training.distillation.texts import check_text_files
 from fastbert_hf.training.leaf_balance import check_balance
 from fastbert_hf.training.provenance import (
@@ -22,6 +23,7 @@ from fastbert_hf.training.provenance import (
     weights_identity,
 )
 
+TEACHER_DTYPES = ("auto", "float32", "bfloat16")
 # what a run may go on with, or what digests stand for
 NOT_COMPARED = (
     "overwrite_output_dir", "budget_minutes", "save_minutes", "model_name_or_path", "train_file", "eval_file",
@@ -77,6 +79,10 @@ class DistillationArguments:
     fit_rows_per_step: int = field(default=1024, metadata={"help": "tokens of each"})
     fit_learning_rate: float = field(default=1e-3, metadata={"help": "of each layer's fit"})
     balance_leaves: float = field(default=0.5, metadata={"help": "rate at which thresholds follow medians; 0: never"})
+    teacher_dtype: str = field(
+        default="auto",
+        metadata={"help": "of the teacher's products in training: float32, bfloat16; auto: what is fast here"},
+    )
     train_embeddings: bool = field(default=False, metadata={"help": "train the embeddings too"})
     save_minutes: float = field(default=5.0, metadata={"help": "minutes between two checkpoints"})
     overwrite_output_dir: bool = field(
@@ -87,6 +93,10 @@ class DistillationArguments:
     def student_form(self) -> str:
         """The student's feed-forward layers."""
         return self.form or form_of(self.fff_trees, self.fff_depth, self.fff_leaf_width)
+
+    def products_dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype of the teacher's products in training on a device."""
+        return fast_dtype(device) if self.teacher_dtype == "auto" else getattr(torch, self.teacher_dtype)
 
     def fit_settings(self, seed: int) -> FitSettings:
         """How each layer is fitted."""
@@ -106,6 +116,8 @@ class DistillationArguments:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be zero or above; got {getattr(self, name)}")
         check_balance(self.balance_leaves)
+        if self.teacher_dtype not in TEACHER_DTYPES:
+            raise ValueError(f"teacher_dtype must be one of {', '.join(TEACHER_DTYPES)}; got {self.teacher_dtype!r}")
         if (self.budget_minutes is None) == (args.max_steps <= 0):
             raise ValueError("expected exactly one of --budget_minutes and --max_steps")
         for name in ("budget_minutes", "speed", "fit_learning_rate"):

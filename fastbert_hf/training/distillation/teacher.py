@@ -92,6 +92,18 @@ def load_teacher(name: str) -> Teacher:
     return Teacher(folder, model.eval(), tokenizer, embed, min(longest, own_longest or longest))
 
 
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which a teacher's products are fast on a device: bfloat16 where there are such products.
+
+    Emulated products are slower than those of float32.
+    """
+    if device.type == "cuda":
+        has_products = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_products = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # AMX has these as well
+    return torch.bfloat16 if has_products else torch.float32
+
+
 def stored_architectures(folder: Path) -> list[str]:
     """The classes that a model folder's configuration names."""
     return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []

@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers.modeling_outputs import ModelOutput
 
 from fastbert_hf.training.budget_trainer import BudgetTrainer
 from fastbert_hf.training.distillation.objective import Embed, embedding_parts, head_parts, hidden_error
@@ -31,6 +33,7 @@ class DistillationTrainer(BudgetTrainer):
         variance: (L, H) of the teacher's hidden states, of all its layers.
         embed: what makes sentence embeddings of the last hidden states, or None.
         weights: of the parts of the loss; those that are not named have the weights of `WEIGHTS`.
+        teacher_dtype: of the teacher's products while the student trains. What is measured is measured in float32.
         **kwargs: for `BudgetTrainer`; the items of its data sets are batches.
     """
 
@@ -42,6 +45,7 @@ class DistillationTrainer(BudgetTrainer):
         variance: Tensor,
         embed: Embed | None = None,
         weights: Mapping[str, float] | None = None,
+        teacher_dtype: torch.dtype = torch.float32,
         **kwargs: Any,
     ):
         super().__init__(model=student.model, data_collator=first_item, batch_size=1, **kwargs)
@@ -50,13 +54,22 @@ class DistillationTrainer(BudgetTrainer):
         self.variance = variance.to(self.args.device)
         self.embed = embed
         self.weights = WEIGHTS | dict(weights or {})
+        self.teacher_dtype = teacher_dtype
         self._logged: dict[str, list[Tensor]] = defaultdict(list)
 
-    def parts(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    @torch.no_grad()
+    def _taught(self, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> ModelOutput:
+        """What the teacher makes of inputs with products of a dtype, as float32."""
+        reduced = dtype != torch.float32
+        with torch.autocast(self.args.device.type, dtype if reduced else None, enabled=reduced):
+            return convert_to_fp32(self.teacher(**inputs, output_hidden_states=True))
+
+    def parts(
+        self, model: nn.Module, batch: Mapping[str, Tensor], teacher_dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The error of each layer's hidden states (layers,), and the other parts of the loss."""
         inputs = {name: value for name, value in batch.items() if name not in NOT_INPUTS}
-        with torch.no_grad():
-            wanted = self.teacher(**inputs, output_hidden_states=True)
+        wanted = self._taught(inputs, teacher_dtype)
         own = model(**inputs, output_hidden_states=True)
         mask = batch["attention_mask"]
         states = [wanted.hidden_states[1 + number] for number in self.teacher_layers]  # the first is the embedding
@@ -68,7 +81,7 @@ class DistillationTrainer(BudgetTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The weighted sum of the parts."""
-        layers, parts = self.parts(model, inputs)
+        layers, parts = self.parts(model, inputs, self.teacher_dtype)
         parts = {"hidden_error": layers.mean(), **parts}
         for name, value in parts.items():
             self._logged[name].append(value.detach())

@@ -19,6 +19,7 @@ from fastbert_hf import FastBertForSequenceClassification, FastBertModel, LeafFe
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.training.budget import BudgetClock
 from fastbert_hf.training.distillation import student_fit
+from fastbert_hf.training.distillation.teacher import fast_dtype
 from fastbert_hf.training.distillation.texts import TextBatches, read_texts
 from fastbert_hf.training.distillation.trainer import DistillationTrainer
 from tests.clients.helpers import run_without_package
@@ -171,6 +172,22 @@ def test_controls_are_distilled_by_the_same_command(tiny, bert, form, expected, 
     assert {name: getattr(config, name) for name in expected} == expected
 
 
+def test_a_teacher_in_bfloat16_teaches_nearly_the_same(tiny, bert, tmp_path):
+    exact, reduced = (
+        distill(bert, tiny / "corpus.txt", tmp_path / dtype, teacher_dtype=dtype) for dtype in ("float32", "bfloat16")
+    )
+    assert reduced["fitted_hidden_error"] == exact["fitted_hidden_error"]  # measured in float32 either way
+    assert 0 < abs(reduced["eval_hidden_error"] / exact["eval_hidden_error"] - 1) < 0.02
+
+
+def test_the_teacher_uses_bfloat16_where_the_device_has_its_products(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert fast_dtype(torch.device("cpu")) == torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert fast_dtype(torch.device("cpu")) == torch.bfloat16
+    assert fast_dtype(torch.device("mps")) == torch.float32
+
+
 class Killed(BaseException):
     """What ends a process without warning."""
 
@@ -268,6 +285,7 @@ def test_speed_chooses_the_widest_leaves_that_are_fast_enough(tiny, bert, tmp_pa
     ({"max_steps": None}, "exactly one of --budget_minutes and --max_steps"),
     ({"max_steps": None, "budget_minutes": -1}, "budget_minutes must be positive"),
     ({"train_file": "absent.txt"}, "absent.txt"),
+    ({"teacher_dtype": "int8"}, "teacher_dtype must be one of auto, float32, bfloat16"),
     ({"batch_size": 0}, "batch_size must be at least 1"),
     ({"batch_size": 10**6}, "different texts; expected at least one batch"),
     ({"eval_file": "CORPUS"}, "unknown type"),

@@ -1,7 +1,7 @@
 """Leaf trees that begin with what the data and a dense layer know.
 
 Routers are principal components of the rows that reach them, with the median as threshold; leaves are the neurons of
-a dense layer that vary most among the rows of the leaf. Source: ours.
+a dense layer that explain most of its output among the rows of the leaf. Source: ours.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,9 +15,11 @@ from fastbert_hf.fff_reference import ACTIVATIONS, accumulation_dtype
 from fastbert_hf.leaf_layer import ROUTER_SCALE, LeafFeedForward
 from fastbert_hf.leaf_reference import leaves_per_tree
 from fastbert_hf.training.distillation.activations import sample_inputs
+from fastbert_hf.training.distillation.neuron_choice import Moments, choose_neurons, output_weights
 from fastbert_hf.training.leaf_balance import leaf_layers
 
 MAX_ROWS = 65536
+CANDIDATES = 4  # times a leaf's width: so many neurons are looked at closely; all of them explain no more
 CHUNK = 4096  # rows whose dense activations are in memory at a time
 
 
@@ -41,8 +43,11 @@ class DenseWeights(NamedTuple):
 
     def forward(self, x: Tensor, activation: str) -> Tensor:
         """(N, H) -> (N, H_out)."""
-        hidden = ACTIVATIONS[activation](nn.functional.linear(x, self.weight_in, self.bias_in))
-        return nn.functional.linear(hidden, self.weight_out, self.bias_out)
+        return nn.functional.linear(self.hidden(x, activation), self.weight_out, self.bias_out)
+
+    def hidden(self, x: Tensor, activation: str) -> Tensor:
+        """The activations of the neurons: (N, H) -> (N, F)."""
+        return ACTIVATIONS[activation](nn.functional.linear(x, self.weight_in, self.bias_in))
 
 
 @torch.no_grad()
@@ -58,14 +63,14 @@ def initialize_from_data(
 
     Router: the first principal component of the rows that reach it, scaled so that its logit has a standard deviation
     of 4 among them. Threshold: the split of these rows that is nearest to equal halves. Leaf, from a dense layer: the
-    w neurons of the largest variance of activation among the leaf's rows times squared norm of their output; the
-    leaf's output bias takes the mean of what the others say; both are divided by the mean confidence of the rows.
-    Without a dense layer, leaves are random, N(0, initializer_range), biases zero. Of P trees, each divides the rows
-    by every P-th principal component of all rows, and picks among every P-th neuron. A node that fewer than two rows
-    reach uses those of its parent.
+    w neurons that together explain most of the layer's output among the leaf's rows, with output weights and an
+    output bias that are fitted to them (`neuron_choice.py`), out of the 4 w of the largest variance of activation
+    times squared norm of their output. Without a dense layer, leaves are random, N(0, initializer_range), biases
+    zero. Of P trees, each divides the rows by every P-th principal component of all rows, and stands for every P-th
+    neuron. A node that fewer than two rows reach uses those of its parent.
 
     Memory: a random sample of at most max_rows rows in float32, twice; beside it 4096 rows of F activations, and
-    matrices of H x H.
+    matrices of H x H and of 4 w x (4 w + H_out).
 
     Args:
         layer: on any device, of any dtype; in bfloat16 thresholds are rounded, and halves are equal up to that.
@@ -281,39 +286,49 @@ def _fill_leaves(
 ) -> None:
     """Set the leaves of one tree from its part of the dense layer's neurons."""
     order = torch.arange(tree, max(tree, len(dense.weight_in)), layer.trees, device=rows.device)
-    weight_in, weight_out = dense.weight_in[order], dense.weight_out[:, order].T  # (F/P, H), (F/P, H_out)
+    bias_out = None if dense.bias_out is None else dense.bias_out / layer.trees
     bias_in = None if dense.bias_in is None else dense.bias_in[order]
-    size = weight_out.square().sum(1)
+    part = DenseWeights(dense.weight_in[order], bias_in, dense.weight_out[:, order], bias_out)
     width = layer.leaf_width
-    count = min(width, len(order))
     for number, leaf in enumerate(leaves):
         place = tree * len(leaves) + number
-        mean, variance = _activity(rows, leaf.used, weight_in, bias_in, layer.activation)
-        chosen = (variance * size).argsort(descending=True, stable=True)[:count].sort().values
-        c = confidence[leaf.used].mean()
-        neurons = slice(place * width, place * width + count)
-        layer.weight_in[neurons] = weight_in[chosen].to(layer.weight_in.dtype)
-        layer.weight_out[neurons] = (weight_out[chosen] / c).to(layer.weight_out.dtype)
+        chosen, weight_out, constant = _chosen_neurons(layer, rows, leaf.used, confidence, part)
+        neurons = slice(place * width, place * width + len(chosen))
+        layer.weight_in[neurons] = part.weight_in[chosen].to(layer.weight_in.dtype)
+        layer.weight_out[neurons] = weight_out.to(layer.weight_out.dtype)
         layer.weight_out[neurons.stop : (place + 1) * width] = 0
-        if bias_in is not None:
-            layer.bias_in[neurons] = bias_in[chosen].to(layer.bias_in.dtype)
+        if part.bias_in is not None:
+            layer.bias_in[neurons] = part.bias_in[chosen].to(layer.bias_in.dtype)
         if layer.bias_out is not None:
-            mean[chosen] = 0
-            constant = mean @ weight_out  # what the others say
-            if dense.bias_out is not None:
-                constant = constant + dense.bias_out / layer.trees
-            layer.bias_out[place] = (constant / c).to(layer.bias_out.dtype)
+            layer.bias_out[place] = constant.to(layer.bias_out.dtype)
 
 
-def _activity(
-    rows: Tensor, used: Tensor, weight_in: Tensor, bias_in: Tensor | None, activation: str
-) -> tuple[Tensor, Tensor]:
-    """Mean and variance of every neuron's activation among some rows: (F,), (F,)."""
-    total = torch.zeros(len(weight_in), dtype=torch.float64, device=rows.device)
+def _chosen_neurons(
+    layer: LeafFeedForward, rows: Tensor, used: Tensor, confidence: Tensor, dense: DenseWeights
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The neurons (C,) of a leaf, their output weights (C, H_out), and its output bias (H_out,)."""
+    size = dense.weight_out.square().sum(0)
+    importance = _variance(rows, used, dense, layer.activation) * size
+    count = min(layer.leaf_width, len(size))
+    known = importance.argsort(descending=True, stable=True)[: CANDIDATES * count]
+    moments = Moments(len(known), len(dense.weight_out), rows)
+    for part in used.split(CHUNK):
+        hidden, factor = dense.hidden(rows[part], layer.activation), confidence[part]
+        outputs = nn.functional.linear(hidden, dense.weight_out, dense.bias_out)
+        moments.add(hidden[:, known] * factor.unsqueeze(1), outputs, factor)
+    if layer.bias_out is not None:
+        moments.centre()
+    chosen = choose_neurons(moments, count).sort().values
+    weights = output_weights(moments, chosen, dense.weight_out[:, known[chosen]].T / confidence[used].mean())
+    return known[chosen], weights, moments.constant_for(chosen, weights)
+
+
+def _variance(rows: Tensor, used: Tensor, dense: DenseWeights, activation: str) -> Tensor:
+    """Variance of every neuron's activation among some rows: (F,)."""
+    total = torch.zeros(len(dense.weight_in), dtype=torch.float64, device=rows.device)
     squares = total.clone()
     for part in used.split(CHUNK):
-        hidden = ACTIVATIONS[activation](nn.functional.linear(rows[part], weight_in, bias_in)).double()
+        hidden = dense.hidden(rows[part], activation).double()
         total += hidden.sum(0)
         squares += hidden.square().sum(0)
-    mean = total / len(used)
-    return mean.to(rows), (squares / len(used) - mean.square()).clamp(min=0).to(rows)
+    return (squares / len(used) - (total / len(used)).square()).clamp(min=0).to(rows)

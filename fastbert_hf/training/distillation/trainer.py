@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers.modeling_outputs import ModelOutput
@@ -60,6 +59,8 @@ class DistillationTrainer(BudgetTrainer):
     @torch.no_grad()
     def _taught(self, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> ModelOutput:
         """What the teacher makes of inputs with products of a dtype, as float32."""
+        from accelerate.utils import convert_to_fp32
+
         reduced = dtype != torch.float32
         with torch.autocast(self.args.device.type, dtype if reduced else None, enabled=reduced):
             return convert_to_fp32(self.teacher(**inputs, output_hidden_states=True))

@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-lowest lint format demo distill-demo bench clean
+.PHONY: help venv test test-lowest lint format demo distill-demo bench wheel wheel-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,5 +60,19 @@ distill-demo: venv ## make a real sentence embedder faster, in a quarter of an h
 bench: venv ## measure this machine in three minutes; scripts/benchmark.py --help has the rest
 	$(BIN)/python scripts/benchmark.py --quick --fresh --output_dir runs/bench
 
+# The library links no OpenMP runtime: it takes the one that torch has loaded. Should a compiler link one, it stays out.
+wheel: venv ## build dist/: a source archive, and a wheel with the compiled kernels for every Python of this platform
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist/built .
+	if [ "$$(uname)" = Linux ]; then \
+	    PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libgomp*' --wheel-dir dist dist/built/*.whl; \
+	else mv dist/built/*.whl dist; fi
+	mv dist/built/*.tar.gz dist
+	rm -rf dist/built
+	$(BIN)/twine check --strict dist/*
+
+wheel-check: wheel ## install that wheel where there is no compiler, and run its kernels
+	$(BIN)/python scripts/check_wheel.py dist/*.whl
+
 clean: ## remove the environment and build products
-	rm -rf $(VENV) $(LOWEST) build *.egg-info
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info

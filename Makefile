@@ -72,7 +72,7 @@ wheel: venv ## build dist/: a source archive, and a wheel with the compiled kern
 	$(BIN)/twine check --strict dist/*
 
 wheel-check: wheel ## install that wheel where there is no compiler, and run its kernels
-	$(BIN)/python scripts/check_wheel.py dist/*.whl
+	$(BIN)/python tests/cli/check_wheel.py dist/*.whl
 
 clean: ## remove the environment and build products
 	rm -rf $(VENV) $(LOWEST) build dist *.egg-info

@@ -73,6 +73,7 @@ setup(
         "fastbert_hf.configs": ["*/*.yaml"],
         "fastbert_hf.benchmarks": ["*.cpp"],
         "fastbert_hf.hub": ["model_card.md"],
+        "fastbert_hf.look": ["page.*"],
         "fastbert_hf.kernels.native": ["csrc/*", "build_failure.txt"],
     },
     cmdclass={"build_ext": build_native, "bdist_wheel": bdist_kernels},

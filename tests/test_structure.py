@@ -26,6 +26,7 @@ LEVELS = [
     ("data",),
     ("hub",),
     ("training",),
+    ("look",),
     ("benchmarks",),
     ("cli",),
     ("__main__",),

@@ -16,6 +16,7 @@ COMMANDS = {
     "distill": ("distill", "make a model that you have faster: trees in place of its feed-forward layers"),
     "distill compare": ("compare_distilled", "compare distilled models: quality beside speed"),
     "distill fit-layers": ("fit_layers", "fit trees to a dense layer of a trained model"),
+    "look": ("look", "make a page that shows which way tokens take through a model's trees"),
     "push": ("push", "push a model folder to the Hub"),
     "pull": ("pull", "take a model from the Hub"),
     "benchmark": ("benchmark", "measure this machine"),

@@ -4,7 +4,6 @@ And one with the compiled kernels: its tag, its files, and that they run where n
 """
 
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 
 from fastbert_hf.cli.main import COMMANDS
 from fastbert_hf.kernels.native.library import why_unavailable
+from tests.cli.check_wheel import check_contents, run_kernels
 from tests.processes import CHILD_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +25,6 @@ EXTRAS = ("accelerate", "datasets", "evaluate", "matplotlib", "onnx", "scikit_le
 PIP, OFFLINE = (sys.executable, "-m", "pip", "--disable-pip-version-check"), ("--no-deps", "--no-index", "--quiet")
 PACKAGE = ("fastbert", "__editable__", "_fastbert")
 LIBRARY = ROOT / "fastbert_hf" / "kernels" / "native" / "libfff.so"
-check = runpy.run_path(str(ROOT / "scripts" / "check_wheel.py"))
 
 # every command and script in one process, as each import of torch takes seconds
 HELPS = """
@@ -133,7 +132,7 @@ def compiled_wheel(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.skipif(why_unavailable() is not None, reason=f"native kernels: {why_unavailable()}")
 def test_a_compiled_wheel_runs_its_kernels_where_no_compiler_is(compiled_wheel, tmp_path):
-    check["check_contents"](compiled_wheel)
+    check_contents(compiled_wheel)
     with zipfile.ZipFile(compiled_wheel) as archive:
         archive.extractall(tmp_path / "unpacked")
     programs = tmp_path / "bin"  # an interpreter with the running environment's packages, and nothing else
@@ -141,7 +140,7 @@ def test_a_compiled_wheel_runs_its_kernels_where_no_compiler_is(compiled_wheel, 
     interpreter = programs / "python"
     interpreter.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n'.replace("#!/bin/sh", "#!" + shutil.which("sh")))
     interpreter.chmod(0o755)
-    fff, leaves = check["run_kernels"](interpreter, tmp_path / "unpacked").splitlines()
+    fff, leaves = run_kernels(interpreter, tmp_path / "unpacked").splitlines()
     assert fff.startswith("fff: native, instruction set ") and leaves.startswith("leaf_trees: native, ")
     assert fff.endswith(str(tmp_path / "unpacked" / "fastbert_hf" / "__init__.py"))
 
@@ -156,7 +155,7 @@ def test_a_compiled_wheel_becomes_a_manylinux_wheel(compiled_wheel, tmp_path):
     assert repaired.returncode == 0, repaired.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert "-py3-none-manylinux" in wheel.name
-    check["check_contents"](wheel)
+    check_contents(wheel)
 
 
 def test_a_wheel_without_its_library_is_refused(tmp_path):
@@ -166,7 +165,7 @@ def test_a_wheel_without_its_library_is_refused(tmp_path):
         for name in ("fastbert_hf/py.typed", "libgomp.so.1"):
             archive.writestr(name, "")
     with pytest.raises(ValueError, match=r"lacks fastbert_hf/kernels/native/libfff\.so, "):
-        check["check_contents"](wheel)
+        check_contents(wheel)
     other = wheel.rename(tmp_path / "fastbert_hf-1-cp311-cp311-linux_x86_64.whl")
     with pytest.raises(ValueError, match="the tag is cp311-cp311-linux_x86_64"):
-        check["check_contents"](other)
+        check_contents(other)

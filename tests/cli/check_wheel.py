@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Check a built wheel: its tag and files, then its kernels in a fresh environment where no compiler can be found.
 
-    python scripts/check_wheel.py dist/fastbert_hf-0.1.0-py3-none-manylinux_2_17_x86_64.whl
+    python tests/cli/check_wheel.py dist/fastbert_hf-0.1.0-py3-none-manylinux_2_17_x86_64.whl
 
 Needs no package but pip. The environment is made in a temporary folder; pip installs torch and transformers into it.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 LIBRARY = "fastbert_hf/kernels/native/libfff.so"
 FILES = (LIBRARY, "fastbert_hf/py.typed", "fastbert_hf/configs/pretrain/demo.yaml", "fastbert_hf/hub/model_card.md")
 RELATIVE_LINK = re.compile(r"\]\((?!https?://|#)")
-CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
+CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
 
 # in the environment with the wheel: no compiler, and both forms of trees equal to the reference
 KERNELS = """
@@ -52,8 +52,8 @@ def check_contents(wheel: Path) -> None:
         wheel: with compiled kernels.
 
     Raises:
-        ValueError: for a tag that is not py3-none-PLATFORM, a missing file, a library that was bundled, or a description
-            with links that lead nowhere.
+        ValueError: for a tag that is not py3-none-PLATFORM, a missing file, a library that was bundled, or a
+            description with links that lead nowhere.
     """
     *_, python, abi, platform = wheel.stem.split("-")
     if (python, abi) != ("py3", "none") or platform == "any":

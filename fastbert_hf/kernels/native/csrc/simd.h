@@ -9,6 +9,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #define FFF_INLINE static inline __attribute__((always_inline))
 
 namespace fff {
@@ -152,7 +156,12 @@ FFF_INLINE vec load(const float* p) {
 FFF_INLINE void store(float* p, vec a) { memcpy(p, &a, sizeof a); }
 FFF_INLINE void stream(float* p, vec a) { store(p, a); }
 FFF_INLINE vec add(vec a, vec b) { return a + b; }
+#if defined(__aarch64__)
+// one instruction, which every 64-bit Arm has; the plain expression is two, as the build allows no contraction
+FFF_INLINE vec fma(vec a, vec b, vec c) { return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+#else
 FFF_INLINE vec fma(vec a, vec b, vec c) { return a * b + c; }
+#endif
 FFF_INLINE vec load_first(const float* p, int n) {
   float lanes[kWidth] = {0};
   memcpy(lanes, p, n * sizeof(float));

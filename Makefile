@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-lowest lint format demo distill-demo bench wheel wheel-check clean
+.PHONY: help venv test test-lowest lint format demo distill-demo bench docs wheel wheel-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,6 +59,9 @@ distill-demo: venv ## make a real sentence embedder faster, in a quarter of an h
 
 bench: venv ## measure this machine in three minutes; scripts/benchmark.py --help has the rest
 	$(BIN)/python scripts/benchmark.py --quick --fresh --output_dir runs/bench
+
+docs: venv ## build the documentation site into build/site; a warning is an error
+	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The library links no OpenMP runtime: it takes the one that torch has loaded. Should a compiler link one, it stays out.
 wheel: venv ## build dist/: a source archive, and a wheel with the compiled kernels for every Python of this platform

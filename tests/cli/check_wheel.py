@@ -17,7 +17,13 @@ import zipfile
 from pathlib import Path
 
 LIBRARY = "fastbert_hf/kernels/native/libfff.so"
-FILES = (LIBRARY, "fastbert_hf/py.typed", "fastbert_hf/configs/pretrain/demo.yaml", "fastbert_hf/hub/model_card.md")
+FILES = (
+    LIBRARY,
+    "fastbert_hf/py.typed",
+    "fastbert_hf/configs/pretrain/demo.yaml",
+    "fastbert_hf/hub/model_card.md",
+    "fastbert_hf/look/page.html",
+)
 RELATIVE_LINK = re.compile(r"\]\((?!https?://|#)")
 CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
 

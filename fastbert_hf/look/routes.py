@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fastbert_hf.fff_layer import FastFeedForward
 from fastbert_hf.leaf_layer import LeafFeedForward
 from fastbert_hf.leaf_reference import confidence_of
+from fastbert_hf.pretrained_fastbert import FastBertPreTrainedModel
 from fastbert_hf.training.distillation.texts import tokenized
 from fastbert_hf.training.tree_usage import tree_layers, visited_nodes
 
@@ -48,7 +49,7 @@ def taken_leaves(layer: TreeLayer, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def observed(model: PreTrainedModel, look: Callable[[TreeLayer, Tensor], Any]) -> Iterator[list[list[Any]]]:
+def observed(model: FastBertPreTrainedModel, look: Callable[[TreeLayer, Tensor], Any]) -> Iterator[list[list[Any]]]:
     """While a model runs, collect what `look` says of each layer with trees and its input: a list for each layer."""
     layers = tree_layers(model)
     found: list[list[Any]] = [[] for _ in layers]
@@ -65,7 +66,7 @@ def observed(model: PreTrainedModel, look: Callable[[TreeLayer, Tensor], Any]) -
 
 
 def look_inside(
-    model: PreTrainedModel,
+    model: FastBertPreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     usage_texts: Sequence[str] = (),
@@ -78,7 +79,7 @@ def look_inside(
         tokenizer: its tokenizer.
         texts: what is looked at, token by token.
         usage_texts: what the usage of leaves, and the commonest tokens of each, are counted on.
-        max_seq_length: longer texts are cut.
+        max_seq_length: longer texts are cut, and those that are longer than the model reads.
 
     Returns:
         What `page.render_page` takes, lists and numbers only. `form`: "leaf" or "published". `layers`: for each its
@@ -95,6 +96,7 @@ def look_inside(
         raise ValueError(f"{type(model).__name__} has no trees; expected a model with trees (ffn_type='fff')")
     if not texts:
         raise ValueError("no text is given; expected at least one")
+    max_seq_length = min(max_seq_length, model.config.longest_sequence)
     looked_at = [_routes(model, tokenizer, text, max_seq_length) for text in texts]
     counted = _count(model, tokenizer, usage_texts, max_seq_length) if usage_texts else None
     described = []
@@ -119,7 +121,9 @@ def _rounded(values: list[float]) -> list[float]:
 
 
 @torch.no_grad()
-def _routes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, max_seq_length: int) -> dict:
+def _routes(
+    model: FastBertPreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, max_seq_length: int
+) -> dict:
     batch = tokenizer(text, truncation=True, max_length=max_seq_length, return_tensors="pt").to(model.device)
     with observed(model, lambda layer, x: (taken_leaves(layer, x), decision_logits(layer, x))) as found:
         model(**batch)
@@ -146,7 +150,7 @@ def _routes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: st
 
 @torch.no_grad()
 def _count(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_seq_length: int
+    model: FastBertPreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_seq_length: int
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Ids (N,) of all tokens of some texts, without padding, and the leaves (N, P) they take in each layer."""
     ids = []

@@ -156,6 +156,14 @@ def test_a_dense_model_is_refused(tokenizer):
         look_inside(model, tokenizer, TEXTS)
 
 
+def test_a_text_is_cut_to_what_the_model_reads(tokenizer):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": len(tokenizer)}
+    model = FastBertModel(FastBertConfig(fff_depth=2, max_position_embeddings=6, **sizes)).eval()
+    found = look_inside(model, tokenizer, TEXTS, [" ".join(WORDS)])
+    assert [len(text["tokens"]) for text in found["texts"]] == [6, 6]
+    assert found["layers"][0]["usage"][0]["tokens"] == 6
+
+
 def test_the_command_writes_the_page(model, tokenizer, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -170,6 +178,7 @@ def test_the_command_writes_the_page(model, tokenizer, tmp_path, capsys):
         main([*words, "--output", str(tmp_path / "no" / "page.html")])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_a_click_on_a_token_shows_its_way_in_a_browser(found, tmp_path):
     catcher = "<script>const errors = []; onerror = (message) => errors.push(message);</script>"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastbert_hf.fff_layer import FastFeedForward
 from fastbert_hf.fff_reference import ACTIVATIONS
 from fastbert_hf.leaf_layer import LeafFeedForward
+from fastbert_hf.training.budget import BudgetClock
 from fastbert_hf.training.distillation.start_from_data import CHUNK, DenseWeights, initialize_from_data
 from fastbert_hf.training.leaf_balance import balance_leaves, start_counting, stop_counting
 
@@ -148,20 +149,20 @@ def neurons_per_token(layer: nn.Module) -> int:
     return layer.neurons_per_token if isinstance(layer, LeafFeedForward) else layer.trees * (layer.depth + 1)
 
 
-def output_moments(dense: DenseWeights, x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of a layer's outputs over the rows x (N, H), in every dimension: (H_out,) float64.
+def output_moments(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of outputs (N, H_out) in every dimension: (H_out,) float64.
 
     The deviation of a dimension that does not vary is 1.
     """
-    total = torch.zeros(dense.weight_out.shape[0], dtype=torch.float64)
+    total = torch.zeros(y.shape[1], dtype=torch.float64)
     squares = total.clone()
-    for part in x.split(CHUNK):
-        y = dense.forward(part, activation).double()
-        total += y.sum(0)
-        squares += y.square().sum(0)
-    mean = total / len(x)
-    variance = squares / len(x) - mean.square()
-    return mean, torch.where(variance > 1e-12 * squares / len(x), variance, 1.0).sqrt()
+    for part in y.split(CHUNK):
+        part = part.double()
+        total += part.sum(0)
+        squares += part.square().sum(0)
+    mean = total / len(y)
+    variance = squares / len(y) - mean.square()
+    return mean, torch.where(variance > 1e-12 * squares / len(y), variance, 1.0).sqrt()
 
 
 def rescaled(dense: DenseWeights, mean: Tensor, std: Tensor) -> DenseWeights:
@@ -176,7 +177,7 @@ def standardized(dense: DenseWeights, x: Tensor, activation: str) -> DenseWeight
 
     A dimension that does not vary is only centred.
     """
-    return rescaled(dense, *output_moments(dense, x, activation))
+    return rescaled(dense, *output_moments(outputs_of(dense, x, activation)))
 
 
 @torch.no_grad()
@@ -185,13 +186,17 @@ def outputs_of(dense: DenseWeights, x: Tensor, activation: str) -> Tensor:
     return torch.cat([dense.forward(part, activation) for part in x.split(CHUNK)])
 
 
-def fit_layer(layer: nn.Module, x: Tensor, targets: Tensor, settings: FitSettings = FitSettings()) -> float:
+def fit_layer(
+    layer: nn.Module, x: Tensor, targets: Tensor, settings: FitSettings = FitSettings(), seconds: float = math.inf
+) -> float:
     """Train a layer to give the targets, by mean squared error.
 
     Args:
         layer: any module (N, H) -> (N, H_out).
         x: (N, H) rows. targets: (N, H_out), best of variance 1 in every dimension.
         settings: how.
+        seconds: the fit ends when they are over, or after `settings.steps`; the rate falls to zero by then. Without
+            any left there is no step.
 
     Returns:
         The mean squared error of the last tenth of the steps; NaN where there is no step.
@@ -201,24 +206,34 @@ def fit_layer(layer: nn.Module, x: Tensor, targets: Tensor, settings: FitSetting
     """
     draw = torch.Generator().manual_seed(settings.seed)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=settings.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+    clock = BudgetClock("budget_hours", seconds / 3600)
     layer.train()
     start_counting(layer)
     losses: list[float] = []
-    for step in range(settings.steps):
+    clock.start()
+    while (fraction := _spent_part(clock, settings.steps)) < 1:
+        optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 + math.cos(math.pi * fraction)) / 2
         rows = torch.randint(len(x), (settings.rows_per_step,), generator=draw)
         loss = nn.functional.mse_loss(layer(x[rows]), targets[rows])
         losses.append(loss.item())
         if not torch.isfinite(loss):
+            step = clock.spent.steps
             raise ValueError(f"the fit diverged at step {step}: the error is {losses[-1]}; try a lower learning rate")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         balance_leaves(layer, settings.balance)
-        schedule.step()
+        clock.tick(len(rows))
     stop_counting(layer)
-    last = losses[-max(1, settings.steps // 10) :]
+    last = losses[-max(1, len(losses) // 10) :]
     return sum(last) / len(last) if last else math.nan
+
+
+def _spent_part(clock: BudgetClock, steps: int) -> float:
+    """How much of a fit is over: of its time or of its steps, whichever is further."""
+    if steps <= 0 or clock.amount <= 0:
+        return 1.0
+    return max(clock.fraction, clock.spent.steps / steps)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 The layers are independent of each other: each sees what reaches its place in the teacher.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -42,6 +43,7 @@ def fit_student(
     settings: FitSettings,
     *,
     max_rows: int = 100_000,
+    seconds_left: Callable[[], float] = lambda: math.inf,
     report: Callable[[int, float, float], None] = lambda layer, unexplained, seconds: None,
 ) -> None:
     """Fit every feed-forward layer of a student. Layers that are done stand in the folder and are not done again.
@@ -56,6 +58,8 @@ def fit_student(
         folder: for the layers, and for max_rows * H * 4 bytes of each layer's inputs while it works.
         settings: of each fit.
         max_rows: tokens to fit on.
+        seconds_left: for all layers that are not done. Each gets an equal part of what is left when its turn comes,
+            and its fit ends early where that is over.
         report: called after each layer with its number, the unexplained part of the variance, and its seconds.
 
     Raises:
@@ -72,14 +76,15 @@ def fit_student(
         inputs.mkdir(exist_ok=True)
         paths = [inputs / f"layer-{number}.f32" for number in range(len(targets))]
         rows = sample_inputs_of_all(teacher, targets, batches, paths, max_rows=max_rows, seed=settings.seed)
-        for number, (module, file) in enumerate(zip(targets, done)):
-            if file.is_file():
-                continue
+        left = [number for number, file in enumerate(done) if not file.is_file()]
+        for place, number in enumerate(left):
             began = time.perf_counter()
+            seconds = seconds_left() / (len(left) - place)
+            module, file = targets[number], done[number]
             dense = DenseWeights.of(module.dense_in, module.dense_out)
             x = torch.from_numpy(rows[number])
             centre = form.startswith("dense:") or not student.layers[number].pre_norm
-            layer, mean, error = fitted(form, dense, x, teacher.config.hidden_act, settings, centre)
+            layer, mean, error = fitted(form, dense, x, teacher.config.hidden_act, settings, centre, seconds)
             with staged_folder(folder, last=file.name) as stage:
                 save_file({**layer.state_dict(), MEAN: mean}, stage / file.name)
             report(number, error, time.perf_counter() - began)
@@ -102,24 +107,32 @@ def _check_room(folder: Path, size: int) -> None:
 
 
 def fitted(
-    form: str, dense: DenseWeights, x: Tensor, activation: str, settings: FitSettings, centre: bool = True
+    form: str,
+    dense: DenseWeights,
+    x: Tensor,
+    activation: str,
+    settings: FitSettings,
+    centre: bool = True,
+    seconds: float = math.inf,
 ) -> tuple[nn.Module, Tensor, float]:
     """A layer fitted to a dense layer.
 
     Args:
         form: as `make_layer` takes it. dense: what is replaced. x: (N, H) rows of its input.
         centre: leave the mean of the outputs to a constant that is added to what the layer puts out.
+        seconds: for the start from data and the fit.
 
     Returns:
         The layer, the constant (H_out,), and the part of the variance that is left unexplained, on the same rows.
     """
-    mean, std = output_moments(dense, x, activation)
+    began = time.perf_counter()
+    targets = outputs_of(dense, x, activation)
+    mean, std = output_moments(targets)
     if not centre:
         mean = torch.zeros_like(mean)
-    scaled = rescaled(dense, mean, std)
-    targets = outputs_of(scaled, x, activation)
-    layer = make_layer(form, scaled, x, activation, settings.seed)
-    fit_layer(layer, x, targets, settings)
+    targets.sub_(mean.to(targets)).div_(std.to(targets))
+    layer = make_layer(form, rescaled(dense, mean, std), x, activation, settings.seed)
+    fit_layer(layer, x, targets, settings, seconds - (time.perf_counter() - began))
     error = unexplained(layer, x[:MEASURED_ROWS], targets[:MEASURED_ROWS])
     scale_outputs(layer, std)
     return layer, mean.to(x), error

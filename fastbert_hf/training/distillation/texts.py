@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -188,6 +189,15 @@ def split_texts(texts: Iterable[Text], held_out: int, draw: random.Random) -> tu
 def as_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The batch on a device."""
     return {name: value.to(device) for name, value in batch.items()}
+
+
+def in_time(batches: Iterable[dict[str, Tensor]], seconds: float) -> Iterator[dict[str, Tensor]]:
+    """The first batch, and more until so many seconds are over since it was taken."""
+    end = time.perf_counter() + seconds
+    for batch in batches:
+        yield batch
+        if time.perf_counter() >= end:
+            return
 
 
 def in_turn(batches: Dataset, device: torch.device, tokens: int) -> Iterator[dict[str, Tensor]]:

@@ -1,5 +1,6 @@
 """Fitting one layer to another: the figure is right, fits learn, and the command writes a table."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from fastbert_hf import FastFeedForward, LeafFeedForward
+from fastbert_hf.training.budget import BudgetClock
 from fastbert_hf.training.distillation.fit_table import LayerFitArguments, fit_table
 from fastbert_hf.training.distillation.layer_fit import (
     DenseFeedForward,
@@ -133,6 +135,21 @@ def test_a_fit_of_no_steps_changes_nothing(problem):
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     assert math.isnan(fit_layer(layer, x, outputs_of(dense, x, "gelu"), FitSettings(steps=0)))
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_a_fit_ends_with_its_time_and_its_rate_is_zero_then(problem, monkeypatch):
+    dense, x, _ = problem
+    targets, results = outputs_of(dense, x, "gelu"), []
+    for steps, seconds in ((10, math.inf), (1000, 10.0), (0, math.inf), (1000, 0.0)):
+        ticks = itertools.count()  # each step takes one second
+        monkeypatch.setattr(BudgetClock, "_read", lambda self, ticks=ticks: (float(next(ticks)), 0.0))
+        layer = make_layer("leaf:2x4", dense, x, "gelu")
+        error = fit_layer(layer, x, targets, FitSettings(steps, rows_per_step=64), seconds)
+        results.append((error, next(ticks), layer.weight_in.detach()))
+    by_steps, by_time, *none = results
+    assert by_steps[1] == by_time[1] == 11 and by_time[0] == pytest.approx(by_steps[0])
+    torch.testing.assert_close(by_time[2], by_steps[2])
+    assert all(math.isnan(error) and torch.equal(weight, none[0][2]) for error, _, weight in none)
 
 
 def test_a_fit_that_diverges_is_named(problem):

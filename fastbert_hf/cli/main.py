@@ -13,6 +13,7 @@ COMMANDS = {
     "pretrain": ("pretrain", "pretrain a masked language model"),
     "compare": ("compare", "compare finished pretraining runs"),
     "glue": ("glue", "fine-tune and evaluate classifiers on GLUE tasks or own data"),
+    "glue compare": ("compare_glue", "compare fine-tuned students with their dense original"),
     "distill": ("distill", "make a model that you have faster: trees in place of its feed-forward layers"),
     "distill compare": ("compare_distilled", "compare distilled models: quality beside speed"),
     "distill fit-layers": ("fit_layers", "fit trees to a dense layer of a trained model"),

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
+from fastbert_hf.bert_layouts import FAMILIES
+from fastbert_hf.configuration_fastbert import FastBertConfig
 from fastbert_hf.data.glue import Task
 from fastbert_hf.fff_layer import FastFeedForward
 from fastbert_hf.leaf_layer import LeafFeedForward
@@ -37,6 +39,10 @@ class ModelArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "run code from a Hub model's repository"})
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "replace a classification head with another number of labels"}
+    )
+    as_fastbert: bool = field(
+        default=False,
+        metadata={"help": "load a BERT, RoBERTa or DistilBERT as a dense FastBERT, to compare it with its students"},
     )
     freeze_trees: bool = field(default=False, metadata={"help": "train everything but the feed-forward trees"})
     lora_rank: int = field(
@@ -125,7 +131,7 @@ class Head:
     Attributes:
         config: the configuration to load the model with.
         order: the output of each of the task's label ids.
-        is_new: whether a trained head of other labels is replaced.
+        is_new: whether all of it is: no trained head, in a model loaded `as_fastbert`, or one of other labels.
     """
 
     config: PreTrainedConfig
@@ -159,6 +165,9 @@ def fit_head(options: ModelArguments, checkpoint: str, task: Task) -> Head:
         raise _unloadable(checkpoint, error) from error
     names, order = task.labels or ("value",), list(range(task.num_labels))
     trained = trained_labels(stored, task)
+    converted = options.as_fastbert and stored.model_type in FAMILIES
+    if converted:
+        config = FastBertConfig.from_pretrained(other or checkpoint, **options.hub)
     is_new = trained is not None and output_order(task.labels, trained) is None
     if is_new and not options.ignore_mismatched_sizes:
         raise ValueError(
@@ -170,7 +179,8 @@ def fit_head(options: ModelArguments, checkpoint: str, task: Task) -> Head:
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
     config.problem_type = "regression" if task.is_regression else "single_label_classification"
-    return Head(config, order, is_new)
+    # Students are encoders without pooler, and the one of a BERT without classifier was trained for another task.
+    return Head(config, order, is_new or (converted and trained is None))
 
 
 def load_classifier(options: ModelArguments, checkpoint: str, head: Head) -> PreTrainedModel:

@@ -18,7 +18,6 @@ from typing import IO, TYPE_CHECKING, Any
 from fastbert_hf.data.cleaning import replace_surrogates
 
 if TYPE_CHECKING:
-    import pyarrow
     import pyarrow.parquet
 
 ROWS = 1000  # of a Parquet file at once
@@ -168,7 +167,12 @@ def text_of(row: Any, text_column: str, where: str) -> str:
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Read a table of examples.
+    """Read a table of examples: `iter_rows` as a list."""
+    return list(iter_rows(path))
+
+
+def iter_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Read a table of examples. Of .jsonl and .parquet, only a small part is in memory at a time.
 
     A byte-order mark is not part of the first name. White space around the names of columns, and around labels that
     are texts, is removed. A surrogate without its other half, which JSON can hold and a tokenizer refuses, becomes
@@ -178,7 +182,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         path: .jsonl (an object a line), .json (the same, or one list of objects), .parquet, .csv or .tsv (with a
             header line). Fields of .csv may be quoted, quotation marks in .tsv are part of the text.
 
-    Returns:
+    Yields:
         One dict a row; values of csv and tsv are strings.
 
     Raises:
@@ -191,13 +195,15 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     if path.suffix not in TABLE_SUFFIXES:
         raise ValueError(f"file {str(path)!r} has an unknown type; wanted one of {', '.join(TABLE_SUFFIXES)}")
     read = {".parquet": _parquet_rows, ".csv": _separated_rows, ".tsv": _separated_rows}.get(path.suffix, _json_rows)
+    is_empty = True
     try:
-        rows = read(path)
+        for row in read(path):
+            is_empty = False
+            yield _tidy(row, path)
     except UnicodeDecodeError as error:
         raise ValueError(f"file {str(path)!r} is not UTF-8 text: {error}") from error
-    if not rows:
+    if is_empty:
         raise ValueError(f"file {str(path)!r} is empty; expected at least one example")
-    return [_tidy(row, path) for row in rows]
 
 
 def _tidy(row: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -217,17 +223,15 @@ def _check_names(names: list[str], path: Path) -> None:
         raise ValueError(f"file {str(path)!r} has two columns {twice!r}; expected every name once")
 
 
-def _json_rows(path: Path) -> list[dict[str, Any]]:
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
     if path.suffix == ".json" and next(_lines(path, "utf-8-sig"), "").startswith("["):
         found = _json_list(path)
     else:
         found = _json_lines(path)
-    rows = []
     for where, row in found:
         if not isinstance(row, dict):
             raise ValueError(f"{where}: wanted a JSON object; got {json.dumps(row)[:60]}")
-        rows.append(row)
-    return rows
+        yield row
 
 
 def _json_list(path: Path) -> list[tuple[str, Any]]:
@@ -239,9 +243,11 @@ def _json_list(path: Path) -> list[tuple[str, Any]]:
     return [(f"file {str(path)!r}, entry {number}", row) for number, row in enumerate(rows, start=1)]
 
 
-def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     with opened_parquet(path) as table:
-        return _table_rows(table.read(), path)
+        _check_names([name.strip() for name in table.schema_arrow.names], path)
+        for batch in table.iter_batches(batch_size=ROWS):
+            yield from batch.to_pylist()
 
 
 def _separated_rows(path: Path) -> list[dict[str, Any]]:
@@ -282,9 +288,5 @@ def _separated_rows(path: Path) -> list[dict[str, Any]]:
             return []
         what = "not UTF-8 text" if "UTF8" in str(error) else "not a table"
         raise ValueError(f"file {str(path)!r} is {what}: {error}") from error
-    return _table_rows(table, path)
-
-
-def _table_rows(table: "pyarrow.Table", path: Path) -> list[dict[str, Any]]:
     _check_names([name.strip() for name in table.column_names], path)  # a dict would keep the last of two
     return table.to_pylist()

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fastbert_hf.data.glue import load_task_files
-from fastbert_hf.data.readers import read_rows
+from fastbert_hf.data.readers import iter_rows, read_rows
 from fastbert_hf.data.tokenizer import train_wordpiece
 
 MARK = "\ufeff"
@@ -87,3 +87,11 @@ def test_a_column_without_a_name_is_no_text(tmp_path):
     (tmp_path / "a.csv").write_text(",text,label\n0,a,x\n1,b,y\n")
     with pytest.raises(ValueError, match=r"a\.csv: column 1 has no name"):
         load_task_files(None, tmp_path / "a.csv")
+
+
+def test_rows_of_json_lines_come_before_the_file_is_read_to_its_end(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\nnot JSON\n')
+    rows = iter_rows(tmp_path / "a.jsonl")
+    assert [next(rows), next(rows)] == [{"text": "a"}, {"text": "b"}]
+    with pytest.raises(ValueError, match="line 3: not a JSON object"):
+        next(rows)

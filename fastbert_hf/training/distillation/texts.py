@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,13 +14,14 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fastbert_hf.data.masking import IGNORE_INDEX, MaskedLanguageModelCollator
-from fastbert_hf.data.readers import TABLE_SUFFIXES, check_corpus_files, read_documents, read_rows
+from fastbert_hf.data.readers import TABLE_SUFFIXES, check_corpus_files, iter_rows, read_documents
 
 BATCH = 32  # texts that a model reads at a time where nothing else is said
 LABELS = ("label", "labels", "score", "idx", "id")  # columns of tables that are not text
 KEPT = ("input_ids", "attention_mask", "token_type_ids")
 
 Text = str | tuple[str, str]
+Item = TypeVar("Item")
 
 
 def check_text_files(files: Iterable[str]) -> None:
@@ -47,21 +49,21 @@ def read_texts(files: Sequence[str], count: int, draw: random.Random, pairs: boo
     texts: list[Text] = []
     for file in files:
         if Path(file).suffix in TABLE_SUFFIXES:
-            found = list(itertools.chain.from_iterable(_row_texts(row, pairs) for row in read_rows(file)))
-            texts += draw.sample(found, min(count, len(found)))
+            found = itertools.chain.from_iterable(_row_texts(row, pairs) for row in iter_rows(file))
         else:
-            texts += _sample(itertools.islice(read_documents([file]), 20 * count), count, draw)
+            found = itertools.islice(read_documents([file]), 20 * count)
+        texts += _sample(found, count, draw)
     return texts
 
 
-def _sample(lines: Iterable[str], count: int, draw: random.Random) -> list[str]:
-    """At most `count` of the lines, uniformly; no more are in memory (reservoir sampling, algorithm R)."""
-    kept: list[str] = []
-    for number, line in enumerate(lines):
+def _sample(items: Iterable[Item], count: int, draw: random.Random) -> list[Item]:
+    """At most `count` of the items, uniformly; no more are in memory (reservoir sampling, algorithm R)."""
+    kept: list[Item] = []
+    for number, item in enumerate(items):
         if number < count:
-            kept.append(line)
+            kept.append(item)
         elif (place := draw.randrange(number + 1)) < count:
-            kept[place] = line
+            kept[place] = item
     return kept
 
 

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import random
 import re
 import shutil
 from collections import Counter
@@ -20,7 +19,7 @@ from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.training.budget import BudgetClock
 from fastbert_hf.training.distillation import student_fit
 from fastbert_hf.training.distillation.teacher import fast_dtype
-from fastbert_hf.training.distillation.texts import TextBatches, read_texts
+from fastbert_hf.training.distillation.texts import TextBatches
 from fastbert_hf.training.distillation.trainer import DistillationTrainer
 from tests.clients.helpers import run_without_package
 from tests.training.distillation.runs import distill, save_bert
@@ -355,17 +354,6 @@ def test_a_folder_of_something_else_or_of_another_run_is_left_alone(tiny, bert, 
         distill(bert, tiny / "corpus.txt", run, max_steps=2, learning_rate=1e-4)
     summary = distill(bert, tiny / "corpus.txt", run, max_steps=2, learning_rate=1e-4, overwrite_output_dir=True)
     assert summary["learning_rate"] == 1e-4
-
-
-def test_texts_of_a_long_file_are_a_uniform_sample(tmp_path):
-    (tmp_path / "a.txt").write_text("".join(f"text {i}\n" for i in range(400)))
-    counts = [0] * 4
-    for seed in range(50):
-        chosen = read_texts([str(tmp_path / "a.txt")], 40, random.Random(seed))
-        assert len(set(chosen)) == 40
-        for text in chosen:
-            counts[int(text.split()[1]) // 100] += 1
-    assert all(abs(count - 500) < 100 for count in counts)  # 4.5 standard deviations
 
 
 def test_batches_hold_each_text_once_and_texts_of_like_length_together(tiny):

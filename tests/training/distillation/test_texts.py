@@ -1,11 +1,33 @@
-"""Batches of text."""
+"""Texts of files, and batches of them."""
 
+import json
+import random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from fastbert_hf.data.masking import MaskedLanguageModelCollator
 from fastbert_hf.data.tokenizer import load_tokenizer
-from fastbert_hf.training.distillation.texts import MaskedBatches, TextBatches
+from fastbert_hf.training.distillation.texts import MaskedBatches, TextBatches, read_texts
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv", "parquet"])
+def test_texts_of_a_long_file_are_a_uniform_sample(suffix, tmp_path):
+    texts, file = [f"text {i}" for i in range(400)], tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.table({"text": texts}), file)
+    else:
+        lines = [json.dumps({"text": text}) for text in texts] if suffix == "jsonl" else texts
+        file.write_text("\n".join(["text", *lines] if suffix == "csv" else lines) + "\n")
+    counts = [0] * 4
+    for seed in range(50):
+        chosen = read_texts([str(file)], 40, random.Random(seed))
+        assert len(set(chosen)) == 40
+        for text in chosen:
+            counts[int(text.split()[1]) // 100] += 1
+    assert all(abs(count - 500) < 100 for count in counts)  # 4.5 standard deviations
 
 
 @pytest.mark.parametrize("short", [7, 40])

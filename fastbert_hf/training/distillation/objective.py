@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
+from fastbert_hf.data.masking import IGNORE_INDEX
 from fastbert_hf.modeling_fastbert import (
     FastBertForMaskedLM,
     FastBertForQuestionAnswering,
@@ -24,6 +25,7 @@ WORDS = {
     "similarity_error": "squared error of similarities",
     "divergence": "divergence of the head, nats",
     "score_error": "squared error of the score",
+    "label_loss": "loss on the labels",
 }
 
 Embed = Callable[[Tensor, Tensor], Tensor]  # (B, T, H) and the mask (B, T) -> (B, E)
@@ -90,6 +92,20 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """
     own, wanted = student.log_softmax(-1), teacher.log_softmax(-1)
     return nn.functional.kl_div(own, wanted, log_target=True, reduction="sum") / max(1, len(own))
+
+
+def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats, or squared error where labels are scores, over the texts that have a label: ().
+
+    Args:
+        logits: (B, C), or (B, 1) of scores. labels: (B,) int64 with `IGNORE_INDEX`, or float with NaN, for none. Zero
+            without any.
+    """
+    if labels.is_floating_point():
+        known = labels.isfinite()
+        return (logits[known, 0] - labels[known]).square().sum() / max(1, int(known.sum()))
+    total = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / max(1, int((labels != IGNORE_INDEX).sum()))
 
 
 def head_parts(

@@ -29,7 +29,7 @@ from fastbert_hf.training.budget import BudgetClock
 from fastbert_hf.training.budget_progress import show_budget
 from fastbert_hf.training.checkpoints import check_checkpoint, find_checkpoint, remove_checkpoints
 from fastbert_hf.training.distillation.objective import WORDS, HiddenScale
-from fastbert_hf.training.distillation.scores import check_labelled, score
+from fastbert_hf.training.distillation.scores import check_labelled, score, training_labels
 from fastbert_hf.training.distillation.settings import DistillationArguments, earlier_run, run_provenance
 from fastbert_hf.training.distillation.stages import STAGES, Stages
 from fastbert_hf.training.distillation.student import Student, student_of, without_dropout
@@ -37,9 +37,11 @@ from fastbert_hf.training.distillation.student_fit import fit_student
 from fastbert_hf.training.distillation.teacher import Teacher, copy_embedder, load_teacher
 from fastbert_hf.training.distillation.texts import (
     MaskedBatches,
+    Text,
     TextBatches,
     in_time,
     in_turn,
+    read_examples,
     read_texts,
     split_texts,
 )
@@ -151,13 +153,26 @@ def _load_text(options: DistillationArguments, teacher: Teacher, seed: int) -> t
     """Batches to train on and batches held out."""
     draw = random.Random(seed)
     with_pairs = isinstance(teacher.model, FastBertForSequenceClassification)
-    texts = read_texts(options.train_file, options.texts_per_file, draw, pairs=with_pairs)
+    reading = (options.train_file, options.texts_per_file, draw, with_pairs)
+    labels: dict[Text, float] = {}
+    if options.label_weight:
+        label_of, unknown = training_labels(teacher)
+        examples = read_examples(*reading, label_of)
+        labels = {text: label for text, label in examples if label is not None}
+        if not labels:
+            raise ValueError(f"label_weight is {options.label_weight:g}, and no row of train_file has a label")
+        texts = [text for text, _ in examples]
+    else:
+        texts = read_texts(*reading)
     parts = split_texts(texts, options.held_out_texts, draw)
     if not parts[1]:
         raise ValueError(f"the text holds {len(parts[0])} different texts; expected at least 10, to hold some back")
     sizes = (options.batch_size, min(options.batch_size, len(parts[1])))
     length = text_length(options, teacher)
-    batches = [TextBatches(part, teacher.tokenizer, length, size, seed) for part, size in zip(parts, sizes)]
+    batches = []
+    for part, size in zip(parts, sizes):
+        own = [labels.get(text, unknown) for text in part] if labels else None
+        batches.append(TextBatches(part, teacher.tokenizer, length, size, seed, own))
     if isinstance(teacher.model, FastBertForMaskedLM):
         collator = MaskedLanguageModelCollator(teacher.tokenizer, MLM_PROBABILITY, seed)
         batches = [MaskedBatches(part, collator) for part in batches]
@@ -263,6 +278,7 @@ def _trainer(run: Run, student: Student) -> DistillationTrainer:
         teacher=run.teacher.model,
         variance=_hidden_variance(run),
         embed=run.teacher.embed,
+        weights={"label_loss": options.label_weight},
         teacher_dtype=options.products_dtype(args.device),
         clock=clock,
         save_minutes=options.save_minutes,

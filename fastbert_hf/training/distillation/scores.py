@@ -1,20 +1,20 @@
-"""Scores of a teacher and of its student on the user's labelled data."""
+"""The user's labelled data: scores of a teacher and of its student, and labels to train on."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastbert_hf.data.masking import IGNORE_INDEX
 from fastbert_hf.data.readers import read_rows, text_of
 from fastbert_hf.modeling_fastbert import FastBertForSequenceClassification, FastBertPreTrainedModel
 from fastbert_hf.training.distillation.student import encoder_of
 from fastbert_hf.training.distillation.teacher import Teacher
-from fastbert_hf.training.distillation.texts import LABELS, as_device
+from fastbert_hf.training.distillation.texts import LABELS, SCORES, as_device
 
-SCORES = ("label", "score", "labels")
 BATCH = 64
 
 
@@ -58,6 +58,25 @@ def check_labelled(file: str, teacher: Teacher) -> None:
         raise ValueError(
             f"a {type(teacher.model).__name__} has no score on {file!r}; expected a sentence embedder or a classifier"
         )
+
+
+def training_labels(teacher: Teacher) -> tuple[Callable[[Any, str], float], float]:
+    """How labels of a teacher's task are read, and what stands for none.
+
+    Returns:
+        From a label and its file's name, a class id or a number; and `IGNORE_INDEX` or NaN.
+
+    Raises:
+        ValueError: the teacher is no classifier of one label a text.
+    """
+    model = teacher.model
+    if not isinstance(model, FastBertForSequenceClassification):
+        raise ValueError(f"label_weight is for classifiers of texts; the model is a {type(model).__name__}")
+    if model.config.num_labels == 1:
+        return lambda value, file: _finite([value], file)[0], math.nan
+    if model.config.problem_type not in (None, "single_label_classification"):
+        raise ValueError(f"label_weight is for one label a text; the model is of {model.config.problem_type}")
+    return lambda value, file: _classes([value], model, file)[0], IGNORE_INDEX
 
 
 @torch.no_grad()
@@ -109,14 +128,19 @@ def _embeddings(model: nn.Module, teacher: Teacher, texts: Sequence[str], length
 
 def _numbers(labels: Sequence[Any], file: str) -> list[float]:
     """Labels that a rank correlation can be had with."""
+    values = _finite(labels, file)
+    if len(set(values)) < 2:
+        raise ValueError(f"{file!r} has the label {values[0]:g} alone; expected different ones, to rank texts by")
+    return values
+
+
+def _finite(labels: Sequence[Any], file: str) -> list[float]:
     try:
         values = [float(label) for label in labels]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file!r} has a label that is not a number: {error}") from error
     if not all(map(math.isfinite, values)):
         raise ValueError(f"{file!r} has a label that is not finite")
-    if len(set(values)) < 2:
-        raise ValueError(f"{file!r} has the label {values[0]:g} alone; expected different ones, to rank texts by")
     return values
 
 

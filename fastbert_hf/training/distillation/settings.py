@@ -83,6 +83,12 @@ class DistillationArguments:
         default="auto",
         metadata={"help": "of the teacher's products in training: float32, bfloat16; auto: what is fast here"},
     )
+    label_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "of the loss on labels of train_file (label, score or labels), for classifiers; 0: not read"
+        },
+    )
     train_embeddings: bool = field(default=False, metadata={"help": "train the embeddings too"})
     save_minutes: float = field(default=5.0, metadata={"help": "minutes between two checkpoints"})
     overwrite_output_dir: bool = field(
@@ -112,7 +118,7 @@ class DistillationArguments:
         for name in ("texts_per_file", "batch_size", "held_out_texts", "fit_rows", "fit_rows_per_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("fit_steps", "save_minutes"):
+        for name in ("fit_steps", "save_minutes", "label_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be zero or above; got {getattr(self, name)}")
         check_balance(self.balance_leaves)

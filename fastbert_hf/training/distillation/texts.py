@@ -3,9 +3,9 @@
 import itertools
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,8 +17,10 @@ from fastbert_hf.data.masking import IGNORE_INDEX, MaskedLanguageModelCollator
 from fastbert_hf.data.readers import TABLE_SUFFIXES, check_corpus_files, iter_rows, read_documents
 
 BATCH = 32  # texts that a model reads at a time where nothing else is said
-LABELS = ("label", "labels", "score", "idx", "id")  # columns of tables that are not text
+SCORES = ("label", "score", "labels")  # columns of tables that hold labels, the first that is there
+LABELS = (*SCORES, "idx", "id")  # columns that are not text
 KEPT = ("input_ids", "attention_mask", "token_type_ids")
+NOT_INPUTS = ("labels", "masked")  # entries of batches that no model takes
 
 Text = str | tuple[str, str]
 Item = TypeVar("Item")
@@ -46,14 +48,30 @@ def read_texts(files: Sequence[str], count: int, draw: random.Random, pairs: boo
         draw: what chooses.
         pairs: a row of a table that has two texts is one text, a pair.
     """
-    texts: list[Text] = []
+    return [text for text, _ in read_examples(files, count, draw, pairs)]
+
+
+def read_examples(
+    files: Sequence[str],
+    count: int,
+    draw: random.Random,
+    pairs: bool = False,
+    label_of: Callable[[Any, str], float | None] = lambda value, file: None,
+) -> list[tuple[Text, float | None]]:
+    """The texts of `read_texts`, each with its label; None where there is none.
+
+    Args:
+        label_of: makes a label of what a row has in the first of the columns `SCORES`, and of the file's name.
+    """
+    examples: list[tuple[Text, float | None]] = []
     for file in files:
         if Path(file).suffix in TABLE_SUFFIXES:
-            found = itertools.chain.from_iterable(_row_texts(row, pairs) for row in iter_rows(file))
+            found = itertools.chain.from_iterable(_row_examples(row, pairs) for row in iter_rows(file))
         else:
-            found = itertools.islice(read_documents([file]), 20 * count)
-        texts += _sample(found, count, draw)
-    return texts
+            found = ((text, None) for text in itertools.islice(read_documents([file]), 20 * count))
+        sample = _sample(found, count, draw)
+        examples += [(text, None if value in (None, "") else label_of(value, file)) for text, value in sample]
+    return examples
 
 
 def _sample(items: Iterable[Item], count: int, draw: random.Random) -> list[Item]:
@@ -67,9 +85,12 @@ def _sample(items: Iterable[Item], count: int, draw: random.Random) -> list[Item
     return kept
 
 
-def _row_texts(row: dict, pairs: bool) -> list[Text]:
+def _row_examples(row: dict, pairs: bool) -> list[tuple[Text, Any]]:
+    """The texts of a row, with its label where they are one text or a pair."""
     values = [value for name, value in row.items() if isinstance(value, str) and value and name not in LABELS]
-    return [tuple(values)] if pairs and len(values) == 2 else values
+    texts = [tuple(values)] if pairs and len(values) == 2 else values
+    label = next((row[name] for name in SCORES if name in row), None)
+    return [(text, label if len(texts) == 1 else None) for text in texts]
 
 
 def tokenized(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Iterable[dict]:
@@ -89,6 +110,7 @@ class TextBatches(Dataset):
         max_seq_length: longer texts are cut.
         batch_size: texts a batch; what is left over in the end is not used.
         seed: for the batches' composition and order.
+        labels: one for each text.
 
     Raises:
         ValueError: fewer texts than one batch.
@@ -101,6 +123,7 @@ class TextBatches(Dataset):
         max_seq_length: int,
         batch_size: int,
         seed: int = 0,
+        labels: Sequence[float] | None = None,
     ):
         if len(texts) < batch_size:
             raise ValueError(
@@ -108,6 +131,7 @@ class TextBatches(Dataset):
                 "text, or a smaller batch_size"
             )
         self.tokenizer = tokenizer
+        self._labels = None if labels is None else torch.tensor(labels)
         self._names = [name for name in KEPT if name in tokenizer.model_input_names and name != "attention_mask"]
         parts: dict[str, list[np.ndarray]] = {name: [] for name in self._names}
         lengths = []
@@ -131,10 +155,14 @@ class TextBatches(Dataset):
         return len(self._batches)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """A batch: input_ids, attention_mask and, where the tokenizer makes them, token_type_ids, (B, T) int64."""
+        """A batch: input_ids, attention_mask and, where the tokenizer makes them, token_type_ids, (B, T) int64.
+
+        With labels, also `labels` (B,), int64 or float32.
+        """
         rows = [slice(self._ends[i - 1] if i else 0, self._ends[i]) for i in self._batches[index]]
         encoded = {name: [flat[row].tolist() for row in rows] for name, flat in self._flat.items()}
-        return dict(self.tokenizer.pad(encoded, return_attention_mask=True, return_tensors="pt"))
+        batch = dict(self.tokenizer.pad(encoded, return_attention_mask=True, return_tensors="pt"))
+        return batch if self._labels is None else {**batch, "labels": self._labels[self._batches[index]]}
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_seq_length: int) -> dict[str, list]:
@@ -210,4 +238,4 @@ def in_turn(batches: Dataset, device: torch.device, tokens: int) -> Iterator[dic
             return
         batch = as_device(batches[number], device)
         seen += int(batch["attention_mask"].sum())
-        yield {name: value for name, value in batch.items() if name != "masked"}
+        yield {name: value for name, value in batch.items() if name not in NOT_INPUTS}

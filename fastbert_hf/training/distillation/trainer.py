@@ -10,9 +10,9 @@ from torch.utils.data import Dataset
 from transformers.modeling_outputs import ModelOutput
 
 from fastbert_hf.training.budget_trainer import BudgetTrainer
-from fastbert_hf.training.distillation.objective import Embed, embedding_parts, head_parts, hidden_error
+from fastbert_hf.training.distillation.objective import Embed, embedding_parts, head_parts, hidden_error, label_loss
 from fastbert_hf.training.distillation.student import Student
-from fastbert_hf.training.distillation.texts import as_device, first_item
+from fastbert_hf.training.distillation.texts import NOT_INPUTS, as_device, first_item
 
 WEIGHTS = {
     "hidden_error": 1.0,
@@ -20,8 +20,8 @@ WEIGHTS = {
     "similarity_error": 10.0,
     "divergence": 1.0,
     "score_error": 1.0,
+    "label_loss": 0.0,
 }
-NOT_INPUTS = ("labels", "masked")
 
 
 class DistillationTrainer(BudgetTrainer):
@@ -76,6 +76,8 @@ class DistillationTrainer(BudgetTrainer):
         states = [wanted.hidden_states[1 + number] for number in self.teacher_layers]  # the first is the embedding
         layers = hidden_error(own.hidden_states[1:], states, mask, self.variance[self.teacher_layers])
         parts = head_parts(self.model, own, wanted, batch)  # not the compiled or wrapped one
+        if "labels" in batch:
+            parts["label_loss"] = label_loss(own.logits, batch["labels"])
         if self.embed is not None:
             parts |= embedding_parts(self.embed(own[0], mask), self.embed(wanted[0], mask))
         return layers, parts

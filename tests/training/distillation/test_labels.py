@@ -14,8 +14,6 @@ from fastbert_hf.training.distillation.objective import label_loss
 from fastbert_hf.training.distillation.texts import TextBatches
 from tests.training.distillation.runs import distill, save_bert
 
-WORDS = ("river", "sea", "wind", "grass", "stone", "cloud")
-
 
 def table(tiny, file, label_of, count=120):
     """Sentences of the tiny corpus, each with the label that a function gives it."""

@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+import weakref
 
 import pytest
 
 from fastbert_hf.benchmarks import distilled
+from fastbert_hf.training.distillation.teacher import load_teacher
 from tests.training.distillation.runs import distill
 
 
@@ -41,6 +43,24 @@ def test_a_run_for_a_speed_goes_on_with_the_leaves_that_it_found(tiny, bert, tmp
     with pytest.raises(ValueError, match="form is 'leaf:1x2x96' there, 'leaf:1x2x48' here"):
         distill(bert, text, tmp_path, **options | {"speed": 1.9})
     assert distill(bert, text, tmp_path, **options, overwrite_output_dir=True)["form"] == "leaf:1x2x32"
+
+
+def test_students_to_measure_are_built_one_at_a_time_and_no_wider_than_needed(bert, monkeypatch):
+    built, student_of = [], distilled.student_of
+
+    def build(teacher, form):
+        assert all(model() is None for _, model in built), "the last one is still in memory"
+        student = student_of(teacher, form)
+        built.append((student.encoder.config.fff_leaf_width, weakref.ref(student.encoder)))
+        return student
+
+    def speed(models, case, rounds):
+        return {"teacher": 100.0, "student": 20.0 + models["student"].config.fff_leaf_width / 4}
+
+    monkeypatch.setattr(distilled, "student_of", build)
+    monkeypatch.setattr(distilled, "speed", speed)
+    assert distilled.form_for_speed(load_teacher(str(bert)), 3.0, 2, 1) == "leaf:1x2x48"
+    assert [width for width, _ in built] == [1, 2, 4, 8, 16, 32, 48, 64]
 
 
 def test_a_mistake_removes_nothing(tiny, bert, tmp_path):

@@ -167,6 +167,8 @@ def _load_text(options: DistillationArguments, teacher: Teacher, seed: int) -> t
     parts = split_texts(texts, options.held_out_texts, draw)
     if not parts[1]:
         raise ValueError(f"the text holds {len(parts[0])} different texts; expected at least 10, to hold some back")
+    if teacher.prompt:  # of an embedder, whose texts are no pairs
+        parts = tuple([teacher.prompt + text for text in part] for part in parts)
     sizes = (options.batch_size, min(options.batch_size, len(parts[1])))
     length = text_length(options, teacher)
     batches = []

@@ -116,9 +116,8 @@ def _embeddings(model: nn.Module, teacher: Teacher, texts: Sequence[str], length
     found = [None] * len(texts)
     for start in range(0, len(order), BATCH):
         rows = order[start : start + BATCH]
-        batch = teacher.tokenizer(
-            [texts[row] for row in rows], truncation=True, max_length=length, padding=True, return_tensors="pt"
-        )
+        some = [teacher.prompt + texts[row] for row in rows]
+        batch = teacher.tokenizer(some, truncation=True, max_length=length, padding=True, return_tensors="pt")
         batch = as_device(batch, device)
         hidden = encoder_of(model)(**batch).last_hidden_state
         for row, embedding in zip(rows, teacher.embed(hidden, batch["attention_mask"]).float().cpu()):

@@ -11,7 +11,7 @@ from fastbert_hf.data.tokenizer import tokenizer_digest
 from fastbert_hf.files import file_digest
 from fastbert_hf.training.distillation.layer_fit import FitSettings
 from fastbert_hf.training.distillation.student import check_student_form, form_of
-from fastbert_hf.training.distillation.teacher import Teacher, fast_dtype
+from fastbert_hf.training.distillation.teacher import Teacher, embedder_digest, fast_dtype
 from fastbert_hf.training.distillation.texts import check_text_files
 from fastbert_hf.training.leaf_balance import check_balance
 from fastbert_hf.training.provenance import (
@@ -167,6 +167,7 @@ def run_provenance(options: DistillationArguments, args: TrainingArguments, teac
     settings |= {"form": options.student_form, "text": [file_digest(file) for file in options.train_file]}
     settings |= {"tokenizer": tokenizer_digest(teacher.tokenizer)}
     settings["model"] = weights_identity(str(teacher.folder), teacher.model.config)
+    settings["embedder"] = embedder_digest(teacher.folder)
     settings = as_json(settings)
     folder = Path(args.output_dir)
     earlier = earlier_run(folder)

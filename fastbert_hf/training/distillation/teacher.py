@@ -1,5 +1,6 @@
 """Teachers: a BERT, RoBERTa, DistilBERT or dense FastBERT, with what turns it into a sentence embedder."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import fastbert_hf
 from fastbert_hf.configuration_fastbert import FastBertConfig
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.extras import require_extra
+from fastbert_hf.files import file_digest
 from fastbert_hf.hub.embedder import embedder_files, is_embedder, module_paths
 from fastbert_hf.modeling_fastbert import FastBertModel, FastBertPreTrainedModel
 from fastbert_hf.training.distillation.objective import Embed
@@ -29,6 +31,7 @@ class Teacher:
         folder: where its files are. model: as a dense FastBERT, float32. tokenizer: its own.
         embed: for sentence embedders, from the last hidden states and the mask to embeddings; otherwise None.
         max_seq_length: tokens of the longest text that it is meant for.
+        prompt: what a sentence embedder puts before every text unless it is told otherwise, `default_prompt_name`.
     """
 
     folder: Path
@@ -36,6 +39,7 @@ class Teacher:
     tokenizer: PreTrainedTokenizerBase
     embed: Embed | None
     max_seq_length: int
+    prompt: str = ""
 
     @property
     def encoder(self) -> FastBertModel:
@@ -88,8 +92,8 @@ def load_teacher(name: str) -> Teacher:
     longest = min(config.longest_sequence, tokenizer.model_max_length)
     if not with_modules:
         return Teacher(folder, model.eval(), tokenizer, None, longest)
-    embed, own_longest = _embedding_of(folder, config.hidden_size)
-    return Teacher(folder, model.eval(), tokenizer, embed, min(longest, own_longest or longest))
+    embed, own_longest, prompt = _embedding_of(folder, config.hidden_size, tokenizer)
+    return Teacher(folder, model.eval(), tokenizer, embed, min(longest, own_longest or longest), prompt)
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -130,8 +134,10 @@ def model_class(
     return found
 
 
-def _embedding_of(folder: Path, hidden_size: int) -> tuple[Embed, int | None]:
-    """What a model of sentence-transformers does with hidden states, and its longest text in tokens.
+def _embedding_of(
+    folder: Path, hidden_size: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Embed, int | None, str]:
+    """What a model of sentence-transformers does with hidden states, its longest text in tokens, its default prompt.
 
     Raises:
         ValueError: its modules cannot be loaded, or need something else than hidden states and mask.
@@ -140,19 +146,35 @@ def _embedding_of(folder: Path, hidden_size: int) -> tuple[Embed, int | None]:
 
     def embed(hidden: Tensor, mask: Tensor) -> Tensor:
         modules.to(hidden.device)
-        features = {"token_embeddings": hidden, "attention_mask": mask}
+        features = {"token_embeddings": hidden, "attention_mask": mask, **about_prompt}
         for module in modules:
             features = module(features)
         return features["sentence_embedding"]
 
     try:
         embedder = SentenceTransformer(str(folder), device="cpu")
+        prompt = embedder.prompts[embedder.default_prompt_name] if embedder.default_prompt_name else ""
+        about_prompt = {"prompt_length": _prompt_length(tokenizer, prompt)} if prompt else {}
         modules = nn.ModuleList(list(embedder)[1:]).float().eval().requires_grad_(False)
         embed(torch.zeros(1, 2, hidden_size), torch.ones(1, 2, dtype=torch.int64))
     except Exception as error:  # modules are of any kind
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         raise ValueError(f"the modules of {str(folder)!r} cannot be used: {reason}") from error
-    return embed, embedder.max_seq_length
+    return embed, embedder.max_seq_length, prompt
+
+
+def _prompt_length(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
+    """Tokens of a prompt before a text, which some poolings leave out, as sentence-transformers counts them."""
+    ids = tokenizer(prompt)["input_ids"]
+    return len(ids) - (ids[-1] in tokenizer.all_special_ids)
+
+
+def embedder_digest(folder: Path) -> str:
+    """What identifies pooling, normalisation, prompts and further layers of an embedder; of others, no files."""
+    digest = hashlib.sha256()
+    for path in embedder_files(folder):
+        digest.update(f"{path} {file_digest(folder / path)}\n".encode())
+    return digest.hexdigest()
 
 
 def copy_embedder(source: Path, target: Path) -> None:

@@ -8,6 +8,9 @@ import torch
 from transformers import AutoModel
 
 from fastbert_hf.benchmarks.distilled import original_encoder, speed_rows
+from fastbert_hf.training.distillation.run import _load_text
+from fastbert_hf.training.distillation.scores import _embeddings
+from fastbert_hf.training.distillation.settings import DistillationArguments
 from fastbert_hf.training.distillation.teacher import copy_embedder, load_teacher
 from tests.training.distillation.runs import distill
 
@@ -43,6 +46,49 @@ def test_settings_of_an_older_embedder_are_copied(embedder, tmp_path):
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*sentence*", "modules.json", "[12]_*"))
     copy_embedder(folder, target)
     assert SentenceTransformer(str(target), device="cpu").max_seq_length == 20
+
+
+@pytest.fixture(scope="module")
+def prompted(bert, tmp_path_factory):
+    """An embedder that puts a prompt before every text, and leaves it out of its mean."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    modules = [Transformer(str(bert), max_seq_length=20), Pooling(16, "mean", include_prompt=False)]
+    prompts = {"passage": "under grass ", "query": "the sea "}
+    folder = tmp_path_factory.mktemp("prompted") / "model"
+    SentenceTransformer(modules=modules, prompts=prompts, default_prompt_name="passage", device="cpu").save(
+        str(folder)
+    )
+    return folder
+
+
+def test_the_default_prompt_stands_before_every_text(tiny, prompted):
+    from sentence_transformers import SentenceTransformer
+
+    teacher = load_teacher(str(prompted))
+    assert teacher.prompt == "under grass "
+    texts = ["the river flows", "a stone sings"]
+    expected = SentenceTransformer(str(prompted), device="cpu").encode(texts, convert_to_tensor=True)
+    with torch.no_grad():
+        torch.testing.assert_close(_embeddings(teacher.model, teacher, texts, 20), expected)
+    options = DistillationArguments(str(prompted), [str(tiny / "corpus.txt")], batch_size=8)
+    begin = teacher.tokenizer(teacher.prompt)["input_ids"][:-1]
+    for batches in _load_text(options, teacher, seed=0):
+        assert all(row[: len(begin)] == begin for row in batches[0]["input_ids"].tolist())
+
+
+def test_an_embedder_without_default_prompt_has_none(embedder):
+    assert load_teacher(str(embedder)).prompt == ""
+
+
+def test_a_run_does_not_go_on_with_another_pooling(tiny, embedder, tmp_path):
+    folder = shutil.copytree(embedder, tmp_path / "model")
+    distill(folder, tiny / "corpus.txt", tmp_path / "out", max_steps=1)
+    file = folder / "1_Pooling" / "config.json"
+    file.write_text(file.read_text().replace('"mean"', '"cls"'))
+    with pytest.raises(ValueError, match="was made by another run: embedder is"):
+        distill(folder, tiny / "corpus.txt", tmp_path / "out", max_steps=1)
 
 
 @pytest.mark.parametrize("path", ["../elsewhere", "ABSOLUTE", 3])

@@ -11,6 +11,8 @@ from fastbert_hf.kernels.native import build, library
 INSTRUCTION_SETS = {"AVX512": ("avx512", "avx2", "generic"), "AVX2": ("avx2", "generic")}.get(
     torch.backends.cpu.get_cpu_capability(), ("generic",)
 )
+if torch.cpu._is_avx512_bf16_supported():
+    INSTRUCTION_SETS = ("avx512_bf16", *INSTRUCTION_SETS)
 
 
 def _why_not_built() -> str | None:

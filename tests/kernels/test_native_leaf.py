@@ -136,10 +136,11 @@ def test_any_layout_path_and_bad_row_matches_reference(
     check_layout_and_bad_rows(native_leaves_backend, problem, one_path, layout, bad)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 60])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_bad_leaves_and_routers_off_the_path_reach_nobody(native_leaves, instruction_set, bad, rows):
-    problem = make_leaf_problem(rows, 24, 20, 1, 6, 5)
+def test_bad_leaves_and_routers_off_the_path_reach_nobody(native_leaves, instruction_set, bad, rows, dtype):
+    problem = make_leaf_problem(rows, 24, 20, 1, 6, 5, dtype=dtype)
     clean, *saved = native_leaves.forward(problem.x, *problem.parameters())
     before = problem.backward(native_leaves, saved)
     unused = torch.ones(64, dtype=torch.bool)
@@ -157,6 +158,40 @@ def test_bad_leaves_and_routers_off_the_path_reach_nobody(native_leaves, instruc
     assert all(torch.equal(a, b) for a, b in zip(gradients, before))
     for name, gradient in zip(problem.names[1:], gradients[1:]):
         assert (gradient[rows_of.get(name, neurons)] == 0).all(), name
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_bfloat16_sums_lose_no_more_than_float32_ones(native_leaves, instruction_set, rows):
+    """Logits keep what a bfloat16 sum or product would drop, and so do hidden values."""
+    width = 70  # a full vector and a rest
+    x = torch.full((rows, width), 1 + 2.0**-7, dtype=torch.bfloat16)
+    weight_in = torch.full((3, width), 1 - 2.0**-7, dtype=torch.bfloat16)
+    no_router = x.new_zeros(0, width), x.new_zeros(0)
+    weight_out = torch.tensor([[2.0**7], [-(2.0**7)], [1.0]], dtype=torch.bfloat16)
+    weight_in[1, 0] = 1
+    call = (x, *no_router, weight_in, None, weight_out, None, 1, 0, "relu")
+    y, *_, logits = native_leaves.forward(*call)
+    exact = x.double() @ weight_in.double().T
+    assert torch.equal(logits.squeeze(1).double(), exact)
+    assert torch.equal(y, (exact @ weight_out.double()).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_subnormal_bfloat16_values_count_as_themselves_or_as_zero(native_leaves, instruction_set, rows):
+    """The processor's products of bfloat16 pairs take subnormals for zeros; no other element changes."""
+    x = torch.full((rows, 40), 2.0**-130, dtype=torch.bfloat16)
+    x[:, ::2] = 1
+    weight_in = torch.ones(2, 40, dtype=torch.bfloat16)
+    weight_in[1] = 2.0**100  # 20 products of 2^-30
+    no_router = x.new_zeros(0, 40), x.new_zeros(0)
+    *_, logits = native_leaves.forward(x, *no_router, weight_in, None, x.new_ones(2, 1), None, 1, 0, "relu")
+    expected = 20 * torch.tensor([1, 2.0**100]).expand(rows, 2)
+    assert torch.equal(logits.squeeze(1), expected)
+    x[:, ::2] = 0
+    *_, logits = native_leaves.forward(x, *no_router, weight_in, None, x.new_ones(2, 1), None, 1, 0, "relu")
+    kept = torch.tensor([20 * 2.0**-130, 20 * 2.0**-30]).expand(rows, 2)
+    flushes = instruction_set == "avx512_bf16"
+    assert torch.equal(logits.squeeze(1), torch.zeros_like(kept) if flushes else kept)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-INSTRUCTION_SET_VARIABLE = "FASTBERT_NATIVE_ISA"  # avx512, avx2 or generic; by default the best that the CPU has
+# avx512_bf16, avx512, avx2 or generic; by default the best that the CPU and the build have
+INSTRUCTION_SET_VARIABLE = "FASTBERT_NATIVE_ISA"
 ABI_VERSION = 2
 NO_RUNTIME, FORKED = 1, 2  # states of fff_threads_state
 FOLDER = Path(__file__).resolve().parent

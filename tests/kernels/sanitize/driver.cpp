@@ -278,7 +278,7 @@ int main() {
       {5, 64, 15, 40, 1, 2}, {17, 465, 129, 1, 4, 5}, {70, 5, 300, 2, 2, 96},  {300, 19, 18, 1, 8, 1},
       {700, 9, 35, 3, 3, 7}, {9, 30, 17, 1, 12, 1},   {600, 3, 2, 70, 0, 1},   {300, 3, 8192, 2, 1, 1}};
   int sets = 0;
-  for (const char* set : {"generic", "avx2", "avx512"}) {
+  for (const char* set : {"generic", "avx2", "avx512", "avx512_bf16"}) {
     if (!fff_select_instruction_set(set)) continue;
     ++sets;
     int activation = 0;

@@ -4,6 +4,13 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+// whether the compiler knows vdpbf16ps: GCC 10, clang 9
+#if defined(__x86_64__) && defined(__has_include)
+#if __has_include(<avx512bf16intrin.h>)
+#define FFF_HAS_AVX512_BF16
+#endif
+#endif
+
 namespace fff {
 
 // Shapes: x (N, H), weight_in (P*n, H), bias_in (P*n) or null, weight_out (P*n, H_out), y (N, H_out),

@@ -62,11 +62,11 @@ static void run_leaf_backward(const LeafBackward<E>& tree, const LeafTask& task,
                               const LeafScratch<E>& scratch, float* activations) {
   const LeafShape& s = *tree.shape;
   const int64_t count = task.end - task.begin, w = s.leaf_width;
-  const float* grad_y[kLeafBlock];
+  const typename E::factor* grad_y[kLeafBlock];
   float* wide[kLeafBlock];
   typename E::type* grad_x[kLeafBlock];
   if (tree.through_hidden) {
-    float_rows<E>(tree.grad_y, s.out_width, rows, count, scratch.input, grad_y);
+    factor_rows<E>(tree.grad_y, s.out_width, rows, count, scratch.input, grad_y);
     row_products<E>(grad_y, count, tree.weight_out + task.leaf * w * s.out_width, w, s.out_width, scratch.hidden, w);
   }
   for (int64_t i = 0; i < count; ++i) {

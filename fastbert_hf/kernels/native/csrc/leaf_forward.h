@@ -110,7 +110,7 @@ template <class E>
 struct LeafScratch {
   float* hidden;                     // (block, w)
   float* wide;                       // (block, padded output width)
-  float* input;                      // (block, padded input width) where T is narrower than float
+  float* input;                      // (block, padded input width) where E::kWidens
   const typename E::type** weights;  // w rows
 };
 
@@ -121,12 +121,12 @@ struct LeafMemory {
   int64_t leaf_width, hidden, wide, input;
   LeafMemory(const LeafShape& s, int64_t block, int64_t in_width, int64_t out_width)
       : floats(s.threads * block *
-               (s.leaf_width + padded_width(out_width) + (E::kIsFloat ? 0 : padded_width(in_width)))),
+               (s.leaf_width + padded_width(out_width) + (E::kWidens ? padded_width(in_width) : 0))),
         pointers(s.threads * s.leaf_width),
         leaf_width(s.leaf_width),
         hidden(block * s.leaf_width),
         wide(block * padded_width(out_width)),
-        input(E::kIsFloat ? 0 : block * padded_width(in_width)) {}
+        input(E::kWidens ? block * padded_width(in_width) : 0) {}
   bool missing() const { return floats.missing() || pointers.missing(); }
   LeafScratch<E> of(int worker) const {
     float* first = floats.data + worker * (hidden + wide + input);
@@ -134,12 +134,12 @@ struct LeafMemory {
   }
 };
 
-// Pointers to float rows of x for row_products.
+// Pointers to rows of x for row_products.
 template <class E>
-static void float_rows(const typename E::type* x, int64_t width, const int32_t* rows, int64_t count, float* wide,
-                       const float** out) {
+static void factor_rows(const typename E::type* x, int64_t width, const int32_t* rows, int64_t count, float* wide,
+                        const typename E::factor** out) {
   for (int64_t i = 0; i < count; ++i) {
-    if constexpr (E::kIsFloat) {
+    if constexpr (!E::kWidens) {
       out[i] = x + rows[i] * width;
     } else {
       out[i] = wide + i * padded_width(width);
@@ -154,10 +154,10 @@ static void run_leaf(const LeafTree<E>& tree, const LeafTask& task, const int32_
                      const LeafScratch<E>& scratch) {
   const LeafShape& s = *tree.shape;
   const int64_t count = task.end - task.begin, w = s.leaf_width;
-  const float* x[kLeafBlock];
+  const typename E::factor* x[kLeafBlock];
   float* wide[kLeafBlock];
   typename E::type* y[kLeafBlock];
-  float_rows<E>(tree.x, s.in_width, rows, count, scratch.input, x);
+  factor_rows<E>(tree.x, s.in_width, rows, count, scratch.input, x);
   row_products<E>(x, count, tree.weight_in + task.leaf * w * s.in_width, w, s.in_width, scratch.hidden, w);
   for (int64_t i = 0; i < count; ++i) {
     const float confidence = confidence_of(routes[rows[i] * s.trees].margin);
@@ -178,16 +178,16 @@ static void run_leaf(const LeafTree<E>& tree, const LeafTask& task, const int32_
 template <class E>
 static Status leaf_forward_few(const LeafShape& s, const LeafForwardTensors& tensors, const Route* routes) {
   const int64_t w = s.leaf_width, padded = padded_width(s.out_width), paths = s.num_rows * s.trees;
-  const int64_t padded_in = E::kIsFloat ? 0 : padded_width(s.in_width);
+  const int64_t padded_in = E::kWidens ? padded_width(s.in_width) : 0;
   Scratch<float> hidden(paths * w), wide(max64(1, s.num_rows * padded)), wide_x(max64(1, s.num_rows * padded_in));
   Scratch<float> between(max64(1, wide_floats<E>(s, s.num_rows, s.out_width)));
   Scratch<const typename E::type*> weights(paths * w);
   if (hidden.missing() || wide.missing() || wide_x.missing() || between.missing() || weights.missing())
     return kNoMemory;
   float* trees_wide = wide_floats<E>(s, 1, s.out_width) ? between.data : nullptr;
-  const float* x[2];
+  const typename E::factor* x[2];
   const int32_t rows[2] = {0, 1};
-  float_rows<E>((const typename E::type*)tensors.x, s.in_width, rows, s.num_rows, wide_x.data, x);
+  factor_rows<E>((const typename E::type*)tensors.x, s.in_width, rows, s.num_rows, wide_x.data, x);
   const int64_t neurons = s.threads == 1 ? w : max64(8, ceil_div(ceil_div(w, s.threads), 8) * 8);
   const int64_t pieces = ceil_div(w, neurons);
   auto run_neurons = [&](int64_t i, int) {

@@ -20,6 +20,11 @@ namespace avx512 {
 extern const Kernels kernels;
 }
 #endif
+#if defined(FFF_HAS_AVX512_BF16)
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+#endif
 
 namespace {
 
@@ -55,6 +60,9 @@ void work(void* argument) {
 }
 
 bool runs_here(const Kernels* kernels) {
+#if defined(FFF_HAS_AVX512_BF16)
+  if (kernels == &avx512_bf16::kernels) return __builtin_cpu_supports("avx512bf16") && runs_here(&avx512::kernels);
+#endif
 #if defined(__x86_64__)
   if (kernels == &avx2::kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (kernels == &avx512::kernels)
@@ -66,6 +74,9 @@ bool runs_here(const Kernels* kernels) {
 }
 
 const Kernels* const known[] = {
+#if defined(FFF_HAS_AVX512_BF16)
+    &avx512_bf16::kernels,
+#endif
 #if defined(__x86_64__)
     &avx512::kernels, &avx2::kernels,
 #endif

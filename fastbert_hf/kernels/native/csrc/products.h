@@ -36,8 +36,7 @@ constexpr int64_t kProductColumns = 448;  // of one pass: what stays of b in the
 constexpr int64_t kProductBlock = 12;     // rows of b of one pass
 
 // One tile of products: out[t * stride + l] = <a[t], b + l * width>. Long rows come in several passes over columns
-// [begin, end), between which the sums of the lanes wait in `partial`. Float rows a are widened rows where E is
-// narrower.
+// [begin, end), between which the sums of the lanes wait in `partial`. Rows a are widened where E::kWidens.
 struct Pass {
   int64_t width, begin, end;
   bool first, last;
@@ -45,8 +44,8 @@ struct Pass {
 };
 
 template <class E, int T, int L>
-static __attribute__((noinline)) void product_tile(const float* const* a, const typename E::type* b, const Pass& pass,
-                                                   vec* partial, float* out, int64_t stride) {
+static __attribute__((noinline)) void product_tile(const typename E::factor* const* a, const typename E::type* b,
+                                                   const Pass& pass, vec* partial, float* out, int64_t stride) {
   const int64_t width = pass.width;
   vec sum[T][L];
 #pragma GCC unroll 16
@@ -55,17 +54,17 @@ static __attribute__((noinline)) void product_tile(const float* const* a, const 
     for (int l = 0; l < L; ++l) sum[t][l] = pass.first ? zero() : partial[t * L + l];
   int64_t i = pass.begin;
   for (; i + kPair <= pass.end; i += kPair) {
-    if constexpr (E::kIsFloat) {
+    if constexpr (!E::kWidens) {
 #pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        vec v[T];
+      for (int64_t j = i; j < i + kPair; j += E::kLanes) {
+        decltype(E::load_lanes(b)) v[T];
 #pragma GCC unroll 16
-        for (int t = 0; t < T; ++t) v[t] = in_register(load(a[t] + i + half * kWidth));
+        for (int t = 0; t < T; ++t) v[t] = in_register(E::load_lanes(a[t] + j));
 #pragma GCC unroll 16
         for (int l = 0; l < L; ++l) {
-          const vec w = load(b + l * width + i + half * kWidth);
+          const auto w = E::load_lanes(b + l * width + j);
 #pragma GCC unroll 16
-          for (int t = 0; t < T; ++t) sum[t][l] = fma(w, v[t], sum[t][l]);
+          for (int t = 0; t < T; ++t) sum[t][l] = E::multiply_add(w, v[t], sum[t][l]);
         }
       }
     } else {
@@ -80,18 +79,23 @@ static __attribute__((noinline)) void product_tile(const float* const* a, const 
   }
   if (i < pass.end) {  // the last columns of the rows
     const int n = (int)(pass.end - i);
+    if constexpr (!E::kWidens) {
+#pragma GCC unroll 2
+      for (int j = 0; j < kPair; j += E::kLanes)
 #pragma GCC unroll 16
-    for (int l = 0; l < L; ++l) {
-      vec w0, w1;
-      E::load2_first(b + l * width + i, n, &w0, &w1);
+        for (int l = 0; l < L; ++l) {
+          const auto w = E::load_lanes_first(b + l * width + i + j, n - j);
 #pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) {
-        vec v0, v1;
-        if constexpr (E::kIsFloat)
-          F32::load2_first(a[t] + i, n, &v0, &v1);
-        else
-          F32::load2(a[t] + i, &v0, &v1);
-        sum[t][l] = fma(w1, v1, fma(w0, v0, sum[t][l]));
+          for (int t = 0; t < T; ++t)
+            sum[t][l] = E::multiply_add(w, E::load_lanes_first(a[t] + i + j, n - j), sum[t][l]);
+        }
+    } else {
+#pragma GCC unroll 16
+      for (int l = 0; l < L; ++l) {
+        vec w0, w1;
+        E::load2_first(b + l * width + i, n, &w0, &w1);
+#pragma GCC unroll 16
+        for (int t = 0; t < T; ++t) sum[t][l] = fma(w1, load(a[t] + i + kWidth), fma(w0, load(a[t] + i), sum[t][l]));
       }
     }
   }
@@ -119,8 +123,8 @@ FFF_INLINE int tile_rows(int64_t remaining) {
 }
 
 template <class E, int L>
-static void product_rows(const float* const* a, int rows, const typename E::type* b, const Pass& pass, vec* partial,
-                         float* out, int64_t stride) {
+static void product_rows(const typename E::factor* const* a, int rows, const typename E::type* b, const Pass& pass,
+                         vec* partial, float* out, int64_t stride) {
 #if defined(FFF_ISA_AVX512)
   if (rows == 6) return product_tile<E, 6, L>(a, b, pass, partial, out, stride);
   if (rows == 4) return product_tile<E, 4, L>(a, b, pass, partial, out, stride);
@@ -150,8 +154,8 @@ FFF_INLINE void fetch_ahead(const typename E::type* b, int64_t rows, const Pass&
 
 // Rows [0, b_rows) of b, at most kProductBlock, for all rows of `a`.
 template <class E>
-static void product_block(const float* const* a, int64_t count, const typename E::type* b, int64_t b_rows,
-                          const Pass& pass, vec* partial, float* out, int64_t stride) {
+static void product_block(const typename E::factor* const* a, int64_t count, const typename E::type* b,
+                          int64_t b_rows, const Pass& pass, vec* partial, float* out, int64_t stride) {
   for (int64_t i = 0; i < count;) {
     const int rows = tile_rows(count - i);
     float* to = out + i * stride;
@@ -177,7 +181,7 @@ constexpr int64_t kProductsAtOnce = 64;
 constexpr int64_t kFewRows = 6;  // up to here weights are read once, so that memory decides
 
 template <class E>
-static void row_products(const float* const* a, int64_t count, const typename E::type* b, int64_t b_rows,
+static void row_products(const typename E::factor* const* a, int64_t count, const typename E::type* b, int64_t b_rows,
                          int64_t width, float* out, int64_t stride) {
   vec partial[kProductsAtOnce * kProductBlock];
   const int64_t passes = count <= kFewRows ? 1 : max64(1, ceil_div(width, kProductColumns));

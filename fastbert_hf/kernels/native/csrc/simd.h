@@ -1,5 +1,6 @@
 // Vector primitives of one instruction set, chosen by the translation unit that includes this file
-// (FFF_ISA_AVX512, FFF_ISA_AVX2, or neither for plain vectors of four floats).
+// (FFF_ISA_AVX512, FFF_ISA_AVX2, or neither for plain vectors of four floats). FFF_BF16_PRODUCTS beside the first:
+// the processor multiplies bfloat16.
 //
 // bfloat16 rows are read two vectors at a time: 2 * kWidth consecutive elements become the vector of the even
 // elements and the vector of the odd ones, which costs a shift and a mask and is exact. Sums do not care about that
@@ -216,7 +217,8 @@ FFF_INLINE void store_bf16_first(uint16_t* p, vec even, vec odd, int n) {
 #endif
 
 // Keeps a value that several products share in a register; compilers would load it again for each of them.
-FFF_INLINE vec in_register(vec a) {
+template <class V>
+FFF_INLINE V in_register(V a) {
 #if defined(__x86_64__)
   asm("" : "+v"(a));
 #endif
@@ -244,10 +246,18 @@ FFF_INLINE void finish_streams() {
 #endif
 }
 
-// How rows of one element type are read and written, a pair of vectors at a time.
+// How rows of one element type are read and written, a pair of vectors at a time. For sums of products of two rows:
+// `factor` is the element type of the row beside one of this type, and where they are the same a vector of either
+// (kLanes elements) is read by load_lanes and multiplied by multiply_add.
 struct F32 {
-  typedef float type;
-  static constexpr bool kIsFloat = true;
+  typedef float type, factor;
+  static constexpr bool kIsFloat = true, kWidens = false;
+  static constexpr int kLanes = kWidth;
+  FFF_INLINE vec load_lanes(const float* p) { return load(p); }
+  FFF_INLINE vec load_lanes_first(const float* p, int n) {
+    return n > 0 ? load_first(p, n < kWidth ? n : kWidth) : zero();
+  }
+  FFF_INLINE vec multiply_add(vec a, vec b, vec sum) { return fma(a, b, sum); }
   FFF_INLINE float one() { return 1.0f; }
   FFF_INLINE float widen(float a) { return a; }
   FFF_INLINE void load2(const float* p, vec* a, vec* b) {
@@ -275,6 +285,23 @@ struct F32 {
 struct BF16 {
   typedef uint16_t type;
   static constexpr bool kIsFloat = false;
+#if defined(FFF_BF16_PRODUCTS)
+  // Two products and two sums a lane, each rounded to float32. The instruction takes subnormal elements and sums for
+  // zeros (below 1.2e-38), where all other sums here keep them.
+  typedef uint16_t factor;
+  static constexpr bool kWidens = false;
+  static constexpr int kLanes = kPair;
+  FFF_INLINE __m512i load_lanes(const uint16_t* p) { return _mm512_loadu_si512(p); }
+  FFF_INLINE __m512i load_lanes_first(const uint16_t* p, int n) {
+    return _mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
+  }
+  FFF_INLINE vec multiply_add(__m512i a, __m512i b, vec sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+#else
+  typedef float factor;  // rows of floats as load2 orders them
+  static constexpr bool kWidens = true;
+#endif
   FFF_INLINE uint16_t one() { return 0x3f80; }
   FFF_INLINE float widen(uint16_t a) {
     const uint32_t word = (uint32_t)a << 16;

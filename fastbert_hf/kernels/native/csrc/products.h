@@ -40,6 +40,7 @@ constexpr int64_t kProductBlock = 12;     // rows of b of one pass
 struct Pass {
   int64_t width, begin, end;
   bool first, last;
+  int64_t ahead;      // bytes by which a tile asks for b before it is read; 0: not at all
   const char* b_end;  // of all rows of b
 };
 
@@ -54,6 +55,11 @@ static __attribute__((noinline)) void product_tile(const typename E::factor* con
     for (int l = 0; l < L; ++l) sum[t][l] = pass.first ? zero() : partial[t * L + l];
   int64_t i = pass.begin;
   for (; i + kPair <= pass.end; i += kPair) {
+    if (pass.ahead) {
+#pragma GCC unroll 16
+      for (int l = 0; l < L; ++l)
+        prefetch_row((const char*)(b + l * width + i) + pass.ahead, kPair * (int64_t)sizeof(typename E::type));
+    }
     if constexpr (!E::kWidens) {
 #pragma GCC unroll 2
       for (int64_t j = i; j < i + kPair; j += E::kLanes) {
@@ -135,17 +141,14 @@ static void product_rows(const typename E::factor* const* a, int rows, const typ
 }
 
 // Asks for what is read of b a little later, so that it comes from memory while this is computed: the processor's own
-// prefetching stops at every page. Rows that come whole are asked for kBytesAhead early, those that come in several
-// passes one block of rows early, piece by piece.
+// prefetching stops at every page. Where memory decides, tiles ask for each line kBytesAhead early, and near the end
+// of b for what lies behind it, the next leaf as a rule. Otherwise rows are asked for one block early, piece by
+// piece.
 constexpr int64_t kBytesAhead = 24 << 10;
 template <class E>
 FFF_INLINE void fetch_ahead(const typename E::type* b, int64_t rows, const Pass& pass) {
   constexpr int64_t kSize = sizeof(typename E::type);
-  if (pass.first && pass.last) {
-    const char* from = (const char*)b + kBytesAhead;
-    prefetch_row(from, max64(0, min64(rows * pass.width * kSize, pass.b_end - from)));
-    return;
-  }
+  if (pass.ahead) return;
   for (int64_t row = kProductBlock; row < kProductBlock + rows; ++row) {
     const typename E::type* from = b + row * pass.width + pass.begin;
     if ((const char*)from < pass.b_end) prefetch_row(from, (pass.end - pass.begin) * kSize);
@@ -194,6 +197,7 @@ static void row_products(const typename E::factor* const* a, int64_t count, cons
                          min64(width, begin + columns),
                          begin == 0,
                          begin + columns >= width,
+                         count <= kFewRows ? kBytesAhead : 0,
                          (const char*)(b + b_rows * width)};
       product_block<E>(a, count, b + j * width, min64(block, b_rows - j), pass, partial, out + j, stride);
       if (columns == 0) break;
@@ -216,22 +220,22 @@ struct WeightedRows {
 
 constexpr int kSumRows = 6;  // rows of a full tile
 // Rows of b between two visits to the same columns of y: so many pieces of rows that lie a multiple of the cache's
-// way apart stay in it together.
-constexpr int64_t kSumDepth = 48;
+// way apart stay in it together. Where memory decides, so few that the next ones are asked for soon.
+constexpr int64_t kSumDepth = 48, kFewSumDepth = 16;
 
-// One tile of `size` rows of y, columns [begin, end), rows [first, last) of b.
+// One tile of `size` rows of y, columns [begin, end), of `b_rows` rows of b; it asks for the `next` rows after them.
 template <class E>
-static void sum_some(const WeightedRows<E>& p, const typename E::type* const* b, int64_t b_rows,
+static void sum_some(const WeightedRows<E>& p, const typename E::type* const* b, int64_t b_rows, int64_t next,
                      const float* coefficients, int64_t i, int size, bool first, bool last, int64_t begin,
                      int64_t end) {
   const float* scales[kSumRows];
   for (int t = 0; t < size; ++t) scales[t] = coefficients + (i + t) * p.stride;
-  const SumRows<E> s = {b, b_rows, scales, p.wide + i, p.y + i, first, last, p.streams};
+  const SumRows<E> s = {b, b_rows, scales, p.wide + i, p.y + i, first, last, p.streams, next};
   switch (size) {
     case 6:
-      return sum_rows<E, 6, 1>(s, begin, end);
+      return sum_rows<E, 6, kPairs4>(s, begin, end);
     case 5:
-      return sum_rows<E, 5, 1>(s, begin, end);
+      return sum_rows<E, 5, kPairs4>(s, begin, end);
     case 4:
       return sum_rows<E, 4, kPairs4>(s, begin, end);
     case 3:
@@ -243,19 +247,20 @@ static void sum_some(const WeightedRows<E>& p, const typename E::type* const* b,
   }
 }
 
-// Columns [begin, end). b is read once, in order, a few rows at a time, while the sums wait in `wide` rows.
+// Columns [begin, end). b is read once, in order, a few rows at a time, while the sums wait in `wide` rows. Several
+// rows of y go through those in pieces of a tile's columns; the first tile asks for the same piece of the rows after.
 template <class E>
 static void sum_weighted_rows(const WeightedRows<E>& p, int64_t count, int64_t begin, int64_t end) {
-  const int64_t columns = count > kSumRows ? kPair : end - begin, depth = count > kSumRows ? kSumDepth : 16;
+  const int64_t columns = count > 2 ? kPairs4 * kPair : end - begin;
+  const int64_t depth = count > kSumRows ? kSumDepth : kFewSumDepth;
   for (int64_t k = 0; k < p.b_rows; k += depth) {
-    const int64_t rows = min64(depth, p.b_rows - k);
+    const int64_t rows = min64(depth, p.b_rows - k), next = min64(rows, p.b_rows - k - rows);
     const bool first = p.first && k == 0, last = p.last && k + rows == p.b_rows;
     for (int64_t column = begin; column < end; column += columns) {
       const int64_t stop = min64(end, column + columns);
-      for (int64_t ahead = k + rows; ahead < min64(p.b_rows, k + 2 * rows); ++ahead)
-        prefetch_row(p.b[ahead] + column, (stop - column) * (int64_t)sizeof(typename E::type));
       for (int64_t i = 0; i < count; i += kSumRows)
-        sum_some(p, p.b + k, rows, p.coefficients + k, i, (int)min64(kSumRows, count - i), first, last, column, stop);
+        sum_some(p, p.b + k, rows, i == 0 ? next : 0, p.coefficients + k, i, (int)min64(kSumRows, count - i), first,
+                 last, column, stop);
     }
   }
 }

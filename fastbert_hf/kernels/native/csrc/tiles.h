@@ -101,6 +101,7 @@ struct SumRows {
   typename E::type* const* y;
   bool first, last;
   bool streams;
+  int64_t next;  // rows to ask for while these are summed: the pointers to them follow
 };
 
 // columns [column, column + C * kPair) of T rows, or the first n of them when C = 1 and n < kPair
@@ -113,6 +114,7 @@ FFF_INLINE void sum_tile(const SumRows<E>& s, int64_t column, int n) {
     for (int c = 0; c < 2 * C; ++c) sum[t][c] = s.first ? zero() : load(s.wide[t] + column + c * kWidth);
   for (int64_t k = 0; k < s.num_nodes; ++k) {
     const typename E::type* row = s.rows[k] + column;
+    if (k < s.next) prefetch_row(s.rows[k + s.num_nodes] + column, C * kPair * (int64_t)sizeof(typename E::type));
     vec w[2 * C];
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.utils import parametrize, prune
 
 from fastbert_hf import LeafFeedForward
 from tests.oracle import dense_leaves
@@ -82,3 +83,25 @@ def test_bad_sizes_raise(arguments, message):
 def test_wrong_width_raises():
     with pytest.raises(ValueError, match=r"router has shape \(3, 8\); expected \(3, 7\)"):
         LeafFeedForward(8, 8, depth=2, leaf_width=4)(torch.zeros(3, 7))
+
+
+@pytest.mark.parametrize("name", ["router", "weight_out", "bias_in"])
+def test_a_parametrised_or_pruned_parameter_is_used(name):
+    """PyTorch then holds the parameter under another name, and the layer has an attribute that computes it."""
+
+    class Double(torch.nn.Module):
+        def forward(self, value):
+            return 2 * value
+
+    x, (layer, wanted) = torch.randn(5, 8), (LeafFeedForward(8, 6, 2, 3) for _ in range(2))
+    wanted.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        getattr(wanted, name).mul_(2)
+    parametrize.register_parametrization(layer, name, Double())
+    assert torch.equal(layer(x), wanted(x))
+    parametrize.remove_parametrizations(layer, name)  # leaves the doubled values
+    mask = torch.zeros_like(getattr(layer, name))
+    prune.custom_from_mask(layer, name, mask)
+    with torch.no_grad():
+        getattr(wanted, name).zero_()
+    assert torch.equal(layer(x), wanted(x))

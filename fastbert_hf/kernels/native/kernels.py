@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .library import describe, load_library, why_unavailable
+from .library import describe, load_library, packed, why_unavailable
 
 ACTIVATION_CODES = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
@@ -44,7 +44,9 @@ class NativeKernels:
 
     def _load(self) -> None:
         library = load_library()
-        self._backward, self._forward = getattr(library, self.backward_symbol), getattr(library, self.forward_symbol)
+        forward = getattr(library, f"{self.forward_symbol}_packed")
+        arguments = getattr(library, self.forward_symbol).argtypes
+        self._backward, self._forward = getattr(library, self.backward_symbol), packed(forward, arguments)
 
     def supports(
         self, x: Tensor, weight_in: Tensor, weight_out: Tensor, trees: int, depth: int, activation: str
@@ -118,7 +120,7 @@ class NativeKernels:
     ):
         """One call of the library: its tensors in order, then all sizes and codes."""
         status = function(
-            *[t if t is None else t.data_ptr() for t in tensors],
+            *[0 if t is None else t.data_ptr() for t in tensors],
             *x.shape,
             out_width,
             *sizes,

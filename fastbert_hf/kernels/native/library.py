@@ -3,6 +3,8 @@
 import ctypes
 import functools
 import os
+import struct
+from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 
 # avx512_bf16, avx512, avx2 or generic; by default the best that the CPU and the build have
 INSTRUCTION_SET_VARIABLE = "FASTBERT_NATIVE_ISA"
-ABI_VERSION = 2
+ABI_VERSION = 3
 NO_RUNTIME, FORKED = 1, 2  # states of fff_threads_state
 FOLDER = Path(__file__).resolve().parent
 
@@ -49,11 +51,22 @@ def _open_library() -> ctypes.CDLL:
     library.fff_leaf_backward.argtypes = LEAF_BACKWARD_ARGUMENTS
     library.fff_leaf_forward.restype = library.fff_leaf_backward.restype = c_int
     library.fff_forward.restype = library.fff_backward.restype = c_int
+    library.fff_forward_packed.argtypes = library.fff_leaf_forward_packed.argtypes = [c_char_p]
     library.fff_instruction_set.restype = c_char_p
     library.fff_threads_state.restype = c_int
     library.fff_select_instruction_set.argtypes = [c_char_p]
     library.fff_set_parallel_region.argtypes = [c_void_p]
     return library
+
+
+def packed(function: Callable[[bytes], int], arguments: Sequence) -> Callable[..., int]:
+    """A function of the library that takes one block of words, called with one integer an argument.
+
+    Args:
+        arguments: the types of the arguments that the block holds.
+    """
+    pack = struct.Struct(f"{len(arguments)}q").pack
+    return lambda *words: function(pack(*words))
 
 
 def _parallel_region_of_torch() -> int | None:

@@ -14,6 +14,8 @@ from fastbert_hf.benchmarks.memory import MemoryRow, format_memory, memory_rows
 from fastbert_hf.benchmarks.plots import plot_speedup_against_depth, plot_time_per_token
 from fastbert_hf.benchmarks.routing import RoutingChange, format_routing, routing_changes, text_batch
 from fastbert_hf.benchmarks.rows import Row, format_table
+from fastbert_hf.benchmarks.serving.rows import ServingRow, format_serving
+from fastbert_hf.benchmarks.serving.section import ServingOptions, serving_rows
 from fastbert_hf.fff_layer import FastFeedForward
 from fastbert_hf.hub.weights import check_weights
 
@@ -27,6 +29,7 @@ class Options:
     Args:
         threads: thread counts. sections: names out of `SECTIONS`. quick: the version of three minutes.
         trained_model, text: a folder with a FastBERT and its tokenizer, and a text file: adds the paths of real text.
+        serving: what the section of that name measures.
     """
 
     threads: list[int]
@@ -34,6 +37,7 @@ class Options:
     quick: bool = False
     trained_model: str | None = None
     text: str | None = None
+    serving: ServingOptions = field(default_factory=ServingOptions)
 
     @property
     def rounds(self) -> int:
@@ -222,6 +226,7 @@ SECTIONS: dict[str, Callable[[Options, dict], Iterator[list[Row]]]] = {
     "gpu": lambda options, ceilings: gpu.gpu_rows() if torch.cuda.is_available() else iter(()),
     "memory": lambda options, ceilings: iter(()),  # not times: see `run`
     "routing": lambda options, ceilings: iter(()),  # likewise
+    "serving": lambda options, ceilings: iter(()),  # rows of another kind
 }
 # sections with a picture, which matplotlib draws
 PLOTS = {
@@ -238,6 +243,7 @@ class Measurements:
     rows: list[Row] = field(default_factory=list)
     memory: list[MemoryRow] = field(default_factory=list)
     routing: list[RoutingChange] = field(default_factory=list)
+    serving: list[ServingRow] = field(default_factory=list)
     sections: list[str] = field(default_factory=list)  # finished ones
 
     @classmethod
@@ -249,7 +255,9 @@ class Measurements:
         stored = json.loads(path.read_text(encoding="utf-8"))
         rows = [Row.from_dict(row) for row in stored["rows"]]
         memory = [MemoryRow(**row) for row in stored["memory"]]
-        return cls(rows, memory, [RoutingChange(**change) for change in stored["routing"]], stored["sections"])
+        routing = [RoutingChange(**change) for change in stored["routing"]]
+        serving = [ServingRow(**row) for row in stored.get("serving", ())]
+        return cls(rows, memory, routing, serving, stored["sections"])
 
     def as_dict(self) -> dict:
         return {
@@ -257,10 +265,12 @@ class Measurements:
             "rows": [row.as_dict() for row in self.rows],
             "memory": [asdict(row) for row in self.memory],
             "routing": [asdict(change) for change in self.routing],
+            "serving": [asdict(row) for row in self.serving],
         }
 
     def tables(self) -> str:
         parts = [(self.rows, format_table), (self.memory, format_memory), (self.routing, format_routing)]
+        parts.append((self.serving, format_serving))
         tables = [format_headline(self.rows, self.memory), *(form(rows) for rows, form in parts if rows)]
         return "\n\n".join(tables) + "\n"
 
@@ -283,6 +293,11 @@ def run(options: Options, machine: dict, folder: Path, report: Callable[[str], N
         elif name == "routing":
             measured.routing = routing_changes(options.trained_model, options.text)
             report(format_routing(measured.routing))
+        elif name == "serving":
+            measured.serving = []
+            for group in serving_rows(options.serving, options.threads, options.quick, report):
+                measured.serving += group
+                report(format_serving(group))
         rows: list[Row] = []
         for group in SECTIONS[name](options, ceilings):
             rows += group

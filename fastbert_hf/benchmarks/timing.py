@@ -3,7 +3,7 @@
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,26 +49,39 @@ class Timing:
         return statistics.median(self.busy_shares) > BUSY_SHARE
 
 
-def _processor_seconds() -> tuple[float, float]:
-    """Seconds all processors were busy or stolen since boot, and seconds this process used; (0, 0) off Linux."""
+def _processor_seconds(workers: Sequence[int]) -> tuple[float, float]:
+    """Seconds all processors were busy or stolen since boot, and seconds this process used; (0, 0) off Linux.
+
+    Args:
+        workers: ids of other processes that count as this one.
+    """
     try:
         fields = [int(v) for v in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        theirs = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13] for pid in workers]
     except (OSError, ValueError):
         return 0.0, 0.0
     user, nice, system, _idle, _iowait, irq, softirq, steal = fields
     ticks = os.sysconf("SC_CLK_TCK")
     used = os.times()
-    return (user + nice + system + irq + softirq + steal) / ticks, used.user + used.system
+    own = used.user + used.system + sum(int(value) for values in theirs for value in values) / ticks
+    return (user + nice + system + irq + softirq + steal) / ticks, own
 
 
 class BusyMeter:
-    """The share of the machine that other processes take between `start` and `stop`, counted in clock ticks."""
+    """The share of the machine that other processes take between `start` and `stop`, counted in clock ticks.
+
+    Args:
+        workers: ids of processes that work for this one.
+    """
+
+    def __init__(self, workers: Sequence[int] = ()):
+        self.workers = workers
 
     def start(self) -> None:
-        self.wall, (self.all, self.own) = time.perf_counter(), _processor_seconds()
+        self.wall, (self.all, self.own) = time.perf_counter(), _processor_seconds(self.workers)
 
     def stop(self) -> float:
-        elapsed, (everyone, own) = time.perf_counter() - self.wall, _processor_seconds()
+        elapsed, (everyone, own) = time.perf_counter() - self.wall, _processor_seconds(self.workers)
         others = (everyone - self.all) - (own - self.own)
         ticks_resolution = 2 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.02
         available = elapsed * (os.cpu_count() or 1)
@@ -102,6 +115,7 @@ def interleaved(
     least_seconds: float = 0.02,
     around: dict[str, Callable[[], AbstractContextManager]] | None = None,
     stopwatch: Stopwatch = wall_seconds,
+    workers: Sequence[int] = (),
 ) -> dict[str, Timing]:
     """Time every entry `rounds` times, in turns.
 
@@ -110,6 +124,7 @@ def interleaved(
         rounds: samples an entry gets. least_seconds: length of one sample; short calls are repeated to fill it.
         around: context managers entered, untimed, around the samples of the entries they are named for.
         stopwatch: (call, times) -> seconds; another than the wall clock for calls that return before they are done.
+        workers: ids of processes that the calls wait for.
     Returns: a `Timing` an entry, in seconds per call.
     """
     around = {name: (around or {}).get(name, nullcontext) for name in entries}
@@ -118,7 +133,7 @@ def interleaved(
         with around[name]():
             calls[name] = _calls_for(call, least_seconds, stopwatch)
     timings = {name: Timing() for name in entries}
-    meter = BusyMeter()
+    meter = BusyMeter(workers)
     for _ in range(rounds):
         meter.start()
         for name, call in entries.items():

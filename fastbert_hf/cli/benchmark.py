@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from fastbert_hf.benchmarks.machine import describe
+from fastbert_hf.benchmarks.serving.section import ServingOptions
 from fastbert_hf.benchmarks.suite import PLOTS, QUICK_SECTIONS, SECTIONS, Options, run
 from fastbert_hf.cli.arguments import CommandParser
 from fastbert_hf.extras import require_extra
@@ -27,9 +28,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="measure again what output_dir holds from before")
     parser.add_argument("--trained_model", help="folder of a trained FastBERT with its tokenizer, for --text")
     parser.add_argument("--text", help="text file whose paths through the trained model are measured")
+    serving = parser.add_argument_group("section serving", "default: models of random weights in two geometries")
+    serving.add_argument("--original", help="folder of a BERT, to serve beside models distilled from it")
+    serving.add_argument("--runs", nargs="+", default=[], help="folders of models that were distilled from it")
+    serving.add_argument("--eval_file", help="labelled pairs of texts: quality beside speed")
+    serving.add_argument("--sentences", help="text file, a sentence a line, to time; default: those of eval_file")
     arguments = parser.parse_args(argv)
     if bool(arguments.trained_model) != bool(arguments.text):
         parser.error("--trained_model and --text go together")
+    if (arguments.runs or arguments.eval_file or arguments.sentences) and not arguments.original:
+        parser.error("--runs, --eval_file and --sentences need --original")
+    if arguments.original and not (arguments.eval_file or arguments.sentences):
+        parser.error("--original needs --eval_file or --sentences: texts to time with")
     return arguments
 
 
@@ -47,11 +57,12 @@ def main(argv: list[str] | None = None) -> None:
         require_extra("bench", "matplotlib")
     if arguments.fresh:
         shutil.rmtree(arguments.output_dir, ignore_errors=True)
-    options = Options(threads, sections, arguments.quick, arguments.trained_model, arguments.text)
+    serving = ServingOptions(arguments.original, arguments.runs, arguments.eval_file, arguments.sentences)
+    options = Options(threads, sections, arguments.quick, arguments.trained_model, arguments.text, serving)
     machine = describe(threads)
     print(machine, flush=True)
     measured = run(options, machine, arguments.output_dir, lambda text: print(text, flush=True))
     print(f"\nwritten to {arguments.output_dir}")
-    wrong = [row for row in measured.rows if "MISMATCH" in row.match]
+    wrong = [row for row in [*measured.rows, *measured.serving] if "MISMATCH" in row.match]
     if wrong:
         sys.exit(f"{len(wrong)} timed results do not match the reference")

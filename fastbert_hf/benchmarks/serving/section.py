@@ -1,0 +1,56 @@
+"""The section "serving" of the benchmark."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastbert_hf.benchmarks.serving.engines import CALIBRATION_TEXTS
+from fastbert_hf.benchmarks.serving.measure import Measurement
+from fastbert_hf.benchmarks.serving.rows import ServingRow
+from fastbert_hf.benchmarks.serving.subjects import GEOMETRIES, Subject, random_subject, trained_subject
+
+
+@dataclass
+class ServingOptions:
+    """What is served.
+
+    Attributes:
+        original: folder of a model that a user has; without one, random weights in each of `GEOMETRIES` are measured.
+        runs: folders of models distilled from it. eval_file: labelled pairs of texts, for quality beside speed.
+        sentences: a text file, a sentence a line, for the case of mixed lengths and for calibration.
+    """
+
+    original: str | None = None
+    runs: list[str] = field(default_factory=list)
+    eval_file: str | None = None
+    sentences: str | None = None
+
+
+def serving_rows(
+    options: ServingOptions, threads: list[int], quick: bool, report: Callable[[str], None]
+) -> Iterator[list[ServingRow]]:
+    """Groups of rows: a subject with a number of threads each.
+
+    Raises:
+        ValueError: a folder without model, a file without texts.
+    """
+    with tempfile.TemporaryDirectory(prefix="fastbert-serving-") as folder:
+        for number, subject in enumerate(_subjects(options, quick, Path(folder))):
+            measurement = Measurement(subject, Path(folder) / f"cache-{number}", 5 if quick else 7, report)
+            entries = subject.entries(compiled=not quick)
+            for count in threads:
+                yield measurement.rows(entries, count, max(threads))
+
+
+def _subjects(options: ServingOptions, quick: bool, folder: Path) -> Iterator[Subject]:
+    if options.original is None:
+        for geometry in list(GEOMETRIES)[: 1 if quick else None]:
+            yield random_subject(geometry, folder / geometry, quick)
+        return
+    texts = None
+    if options.sentences is not None:
+        lines = Path(options.sentences).read_text(encoding="utf-8").splitlines()
+        texts = [line.strip() for line in lines if line.strip()]
+    count = 30 if quick else CALIBRATION_TEXTS
+    yield trained_subject(options.original, options.runs, options.eval_file, texts, quick, count)

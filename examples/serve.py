@@ -85,7 +85,8 @@ def load(folder: str, dtype: str | None) -> tuple[str, Compute]:
     classifier.model = prepared(classifier.model)
 
     def classify(texts: list) -> list:
-        inputs = [{"text": text} if isinstance(text, str) else dict(zip(("text", "text_pair"), text)) for text in texts]
+        pairs = [(text,) if isinstance(text, str) else text for text in texts]
+        inputs = [dict(zip(("text", "text_pair"), pair)) for pair in pairs]
         return classifier(inputs, batch_size=len(inputs), truncation=True)
 
     return "/predict", classify
@@ -136,7 +137,7 @@ def application(folder: str, dtype: str | None = None, most: int = 32) -> FastAP
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a sentence embedder or a classifier")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), help="prepare the model for inference in it")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), help="prepare the model for it")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the model")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)

@@ -6,6 +6,8 @@ from importlib.util import find_spec
 EXTRAS = {
     "training": ("accelerate", "datasets", "scipy", "sklearn"),
     "embedding": ("sentence_transformers",),
+    "rivals": ("nncf", "onnx", "onnxruntime", "openvino"),
+    "serve": ("fastapi", "sentence_transformers", "uvicorn"),
     "bench": ("matplotlib", "onnx", "onnxruntime", "onnxscript"),
 }
 

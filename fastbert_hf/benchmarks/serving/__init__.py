@@ -1,1 +1,1 @@
-"""How fast whole encoders answer on a CPU, and how much their outputs differ: this package beside its alternatives."""
+"""How fast whole encoders answer on a CPU, and how much their outputs differ: beside alternatives."""

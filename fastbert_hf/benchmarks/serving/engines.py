@@ -230,7 +230,7 @@ def onnx_session(path: Path, threads: int) -> Loaded:
 
 
 def onnx_plain(job: Job) -> Loaded:
-    """ONNX Runtime on the exported graph, float32 or dynamic int8: what sentence-transformers' backend "onnx" runs."""
+    """ONNX Runtime on the exported graph, float32 or dynamic int8, as sentence-transformers runs it."""
     path = onnx_file(job)
     return onnx_session(onnx_int8_file(path) if job.dtype == "int8" else path, job.threads)
 

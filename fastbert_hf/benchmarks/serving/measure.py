@@ -104,7 +104,7 @@ class Measurement:
                 worker.bind(case)
         live = {entry.name: worker for entry, worker in running.items() if entry not in reasons}
         pids = [worker.pid for worker in live.values()]
-        timings = interleaved(live, self.rounds, 0.1, stopwatch=lambda worker, times: worker.seconds(times), workers=pids)
+        timings = interleaved(live, self.rounds, least_seconds=0.1, stopwatch=_seconds_there, workers=pids)
         baseline = timings[BASELINE.name].median
         for entry in [*running, *(entry for entry in reasons if entry not in running)]:
             row = rows.get(entry) or self._row(entry, case, threads)
@@ -178,6 +178,11 @@ class _Remote(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **others: Tensor) -> SimpleNamespace:
         self.worker.bind(Case("", input_ids, attention_mask))
         return SimpleNamespace(last_hidden_state=self.worker.hidden())
+
+
+def _seconds_there(worker: Worker, times: int) -> float:
+    """A stopwatch that stands in the worker."""
+    return worker.seconds(times)
 
 
 def _calls_per_second(team: list[Worker]) -> float:

@@ -148,4 +148,3 @@ def _one_by_one(texts: list[str], teacher: Teacher, longest: int) -> Iterator[tu
     for text in texts:
         case = sentences([text], teacher.tokenizer, longest)
         yield case.ids, case.mask
-

@@ -79,7 +79,7 @@ class Worker:
     def close(self) -> None:
         """End the process."""
         self._connection.close()
-        self._process.join(timeout=5)
+        self._process.join(timeout=30)
         if self._process.is_alive():
             self._process.terminate()
             self._process.join()
@@ -138,7 +138,7 @@ def _serve(connection: Connection, engine: str, job: Job) -> None:
             try:
                 command, *arguments = connection.recv()
             except EOFError:
-                return
+                os._exit(0)  # a runtime's threads and a model take seconds to be taken down, and nothing needs it
             try:
                 if command == "bind":
                     call, value = loaded.bind(*map(torch.from_numpy, arguments)), None

@@ -75,11 +75,10 @@ def load(folder: str, dtype: str | None) -> tuple[str, Compute]:
     """The path that a model answers on, and how."""
 
     def prepared(model: torch.nn.Module) -> torch.nn.Module:
-        return model if dtype is None else fastbert_hf.prepare_for_inference(model, dtype=getattr(torch, dtype))
+        return model if dtype is None else fastbert_hf.prepare_for_inference(model, dtype=dtype)
 
     if (Path(folder) / "modules.json").exists():
-        embedder = SentenceTransformer(folder, device="cpu")
-        embedder[0].model = prepared(embedder[0].model)
+        embedder = prepared(SentenceTransformer(folder, device="cpu"))
         return "/embed", lambda texts: embedder.encode(texts, batch_size=len(texts)).tolist()
     classifier = pipeline("text-classification", model=folder, device="cpu", top_k=None)
     classifier.model = prepared(classifier.model)

@@ -198,11 +198,10 @@ def test_a_classifier_gives_its_labels_most_likely_first(saved, tokenizer):
 
 
 @pytest.mark.skipif(not hasattr(fastbert_hf, "prepare_for_inference"), reason="nothing prepares models here")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_a_prepared_model_answers_as_it_does_without_a_server(embedder_folder, dtype):
     embedder = sentence_transformers.SentenceTransformer(embedder_folder, device="cpu")
-    prepare = getattr(fastbert_hf, "prepare_for_inference")  # noqa: B009
-    embedder[0].model = prepare(embedder[0].model, dtype=getattr(torch, dtype))
+    fastbert_hf.prepare_for_inference(embedder, dtype=dtype)
     with running(example().application(embedder_folder, dtype)) as port:
         status, answer = Client(port).ask("/embed", {"inputs": ["the tree walks left ."]})
         assert Client(port).ask("/info")[1]["model_dtype"] == dtype

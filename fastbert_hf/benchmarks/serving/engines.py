@@ -86,9 +86,9 @@ def original(job: Job, attention: str = "sdpa") -> nn.Module:
     return model.eval()
 
 
-def fastbert(job: Job) -> nn.Module:
-    """The folder as a FastBERT, float32."""
-    model = fastbert_hf.FastBertModel.from_pretrained(job.folder, dtype=torch.float32).eval()
+def fastbert(job: Job, prepare: Callable[[nn.Module], nn.Module] = lambda model: model) -> nn.Module:
+    """The folder as a FastBERT, loaded in float32 and prepared, feed-forward layers taken out last."""
+    model = prepare(fastbert_hf.FastBertModel.from_pretrained(job.folder, dtype=torch.float32).eval())
     return with_feed_forward(model, lambda ffn: NoFeedForward()) if job.no_feed_forward else model
 
 
@@ -128,7 +128,7 @@ def fastbert_prepared(job: Job) -> Loaded:
     prepare = getattr(fastbert_hf, "prepare_for_inference", None)
     if prepare is None:
         raise Unavailable("this version of fastbert_hf has no prepare_for_inference")
-    return as_loaded(prepare(fastbert(job), dtype=getattr(torch, job.dtype)))
+    return as_loaded(fastbert(job, lambda model: prepare(model, dtype=job.dtype)))
 
 
 class OutputOnly(nn.Module):

@@ -33,6 +33,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     serving.add_argument("--runs", nargs="+", default=[], help="folders of models that were distilled from it")
     serving.add_argument("--eval_file", help="labelled pairs of texts: quality beside speed")
     serving.add_argument("--sentences", help="text file, a sentence a line, to time; default: those of eval_file")
+    serving.add_argument(
+        "--entries", default="", help="measure those alone whose names match this regular expression"
+    )
     arguments = parser.parse_args(argv)
     if bool(arguments.trained_model) != bool(arguments.text):
         parser.error("--trained_model and --text go together")
@@ -57,7 +60,9 @@ def main(argv: list[str] | None = None) -> None:
         require_extra("bench", "matplotlib")
     if arguments.fresh:
         shutil.rmtree(arguments.output_dir, ignore_errors=True)
-    serving = ServingOptions(arguments.original, arguments.runs, arguments.eval_file, arguments.sentences)
+    serving = ServingOptions(
+        arguments.original, arguments.runs, arguments.eval_file, arguments.sentences, arguments.entries
+    )
     options = Options(threads, sections, arguments.quick, arguments.trained_model, arguments.text, serving)
     machine = describe(threads)
     print(machine, flush=True)

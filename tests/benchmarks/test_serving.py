@@ -270,6 +270,18 @@ def test_every_subject_is_measured_with_every_thread_count(monkeypatch, tmp_path
     assert asked == [(1, 2), (2, 2)] * 2
 
 
+def test_entries_are_chosen_by_name_beside_the_baseline(monkeypatch):
+    monkeypatch.setattr(section, "_subjects", lambda options, quick, folder: [Subject("tiny", {ORIGINAL: None}, [])])
+    monkeypatch.setattr(Measurement, "rows", lambda self, entries, threads, workers: entries)
+    (entries,) = section.serving_rows(ServingOptions(entries="OpenVINO|prepared int8"), [1], True, print)
+    assert [entry.name for entry in entries] == [
+        "original, torch float32",
+        *(f"original, OpenVINO {dtype}" for dtype in ("float32", "bfloat16", "int8")),
+        "original, FastBERT, prepared int8",
+        "no feed-forward, FastBERT, prepared int8",
+    ]
+
+
 @pytest.mark.parametrize("argv", [["--runs", "a"], ["--eval_file", "a"], ["--original", "a"]])
 def test_options_that_need_each_other_say_so(argv):
     with pytest.raises(ValueError, match="--original"):

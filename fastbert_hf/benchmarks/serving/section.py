@@ -1,5 +1,6 @@
 """The section "serving" of the benchmark."""
 
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from pathlib import Path
 from fastbert_hf.benchmarks.serving.engines import CALIBRATION_TEXTS
 from fastbert_hf.benchmarks.serving.measure import Measurement
 from fastbert_hf.benchmarks.serving.rows import ServingRow
-from fastbert_hf.benchmarks.serving.subjects import GEOMETRIES, Subject, random_subject, trained_subject
+from fastbert_hf.benchmarks.serving.subjects import BASELINE, GEOMETRIES, Subject, random_subject, trained_subject
 
 
 @dataclass
@@ -19,12 +20,14 @@ class ServingOptions:
         original: folder of a model that a user has; without one, random weights in each of `GEOMETRIES` are measured.
         runs: folders of models distilled from it. eval_file: labelled pairs of texts, for quality beside speed.
         sentences: a text file, a sentence a line, for the case of mixed lengths and for calibration.
+        entries: a regular expression that the names of entries match; the baseline is always there.
     """
 
     original: str | None = None
     runs: list[str] = field(default_factory=list)
     eval_file: str | None = None
     sentences: str | None = None
+    entries: str = ""
 
 
 def serving_rows(
@@ -38,7 +41,11 @@ def serving_rows(
     with tempfile.TemporaryDirectory(prefix="fastbert-serving-") as folder:
         for number, subject in enumerate(_subjects(options, quick, Path(folder))):
             measurement = Measurement(subject, Path(folder) / f"cache-{number}", 5 if quick else 7, report)
-            entries = subject.entries(compiled=not quick)
+            entries = [
+                entry
+                for entry in subject.entries(compiled=not quick)
+                if entry == BASELINE or re.search(options.entries, entry.name)
+            ]
             for count in threads:
                 yield measurement.rows(entries, count, max(threads))
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fastbert_hf.benchmarks.rows import Row
+from fastbert_hf.benchmarks.serving.rows import ServingRow
 from fastbert_hf.fff_reference import nodes_per_tree
 
 
@@ -71,6 +72,30 @@ def plot_quality_against_latency(
             axis.annotate(name, (times[name], mean), textcoords="offset points", xytext=(5, 5), fontsize=8)
         axis.set(xlabel="ms, one thread", ylabel=f"score on {data}", title=f"{case} tokens")
         axis.margins(x=0.15)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def plot_serving(rows: list[ServingRow], path: Path) -> None:
+    """Quality against milliseconds, a point an entry; one panel a case.
+
+    Args:
+        rows: of models that can be compared. Quality is the score, or the hidden-state error where there is none.
+    """
+    scored = any(row.score is not None for row in rows)
+    cases = list(dict.fromkeys((row.subject, row.case) for row in rows))
+    figure, axes = _panels(len(cases))
+    for axis, (subject, case) in zip(axes, cases):
+        for row in rows:
+            quality = row.score if scored else row.error
+            if (row.subject, row.case) == (subject, case) and quality is not None:
+                axis.plot(row.milliseconds, quality, marker="o" if "FastBERT" in row.entry else "s", linestyle="")
+                axis.annotate(
+                    row.entry, (row.milliseconds, quality), textcoords="offset points", xytext=(5, 3), fontsize=6
+                )
+        what = "score" if scored else "hidden-state error"
+        axis.set(xscale="log", xlabel=f"ms, {rows[0].threads} thread(s)", ylabel=what, title=f"{subject}, {case}")
+        axis.margins(x=0.25)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 

@@ -11,10 +11,10 @@ from transformers import AutoModelForMaskedLM
 from fastbert_hf.benchmarks import gpu, layer, leaves, models
 from fastbert_hf.benchmarks.headline import format_headline
 from fastbert_hf.benchmarks.memory import MemoryRow, format_memory, memory_rows
-from fastbert_hf.benchmarks.plots import plot_speedup_against_depth, plot_time_per_token
+from fastbert_hf.benchmarks.plots import plot_serving, plot_speedup_against_depth, plot_time_per_token
 from fastbert_hf.benchmarks.routing import RoutingChange, format_routing, routing_changes, text_batch
 from fastbert_hf.benchmarks.rows import Row, format_table
-from fastbert_hf.benchmarks.serving.rows import ServingRow, format_serving
+from fastbert_hf.benchmarks.serving.rows import ServingRow, comparable, format_serving
 from fastbert_hf.benchmarks.serving.section import ServingOptions, serving_rows
 from fastbert_hf.fff_layer import FastFeedForward
 from fastbert_hf.hub.weights import check_weights
@@ -233,6 +233,7 @@ PLOTS = {
     "forward": ("time-per-token.png", plot_time_per_token),
     "depth": ("speedup-depth.png", plot_speedup_against_depth),
 }
+SERVING_PLOT = "serving.png"
 QUICK_SECTIONS = ["forward", "bfloat16", "training", "models", "memory"]
 
 
@@ -321,3 +322,5 @@ def write_report(measured: Measurements, machine: dict, folder: Path) -> None:
     for section, (name, plot) in PLOTS.items():
         if any(row.section == section for row in measured.rows):
             plot(measured.rows, folder / name)
+    if comparable(measured.serving):
+        plot_serving(comparable(measured.serving), folder / SERVING_PLOT)

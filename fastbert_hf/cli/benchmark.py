@@ -33,9 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     serving.add_argument("--runs", nargs="+", default=[], help="folders of models that were distilled from it")
     serving.add_argument("--eval_file", help="labelled pairs of texts: quality beside speed")
     serving.add_argument("--sentences", help="text file, a sentence a line, to time; default: those of eval_file")
-    serving.add_argument(
-        "--entries", default="", help="measure those alone whose names match this regular expression"
-    )
+    serving.add_argument("--entries", default="", help="a regular expression: those alone whose names match")
     arguments = parser.parse_args(argv)
     if bool(arguments.trained_model) != bool(arguments.text):
         parser.error("--trained_model and --text go together")
@@ -56,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     if "gpu" in sections and not torch.cuda.is_available():
         print("no GPU that torch can use: the section gpu is left out")
         sections = [name for name in sections if name != "gpu"]
-    if PLOTS.keys() & set(sections):
+    if PLOTS.keys() & set(sections) or (arguments.original and "serving" in sections):
         require_extra("bench", "matplotlib")
     if arguments.fresh:
         shutil.rmtree(arguments.output_dir, ignore_errors=True)

@@ -12,11 +12,11 @@ from fastbert_hf.benchmarks.serving import engines, section, subjects
 from fastbert_hf.benchmarks.serving.cases import SENTENCE_TOKENS, fixed, mixed
 from fastbert_hf.benchmarks.serving.engines import Job, Unavailable
 from fastbert_hf.benchmarks.serving.measure import Measurement
-from fastbert_hf.benchmarks.serving.rows import ServingRow, check, format_serving, hidden_error
+from fastbert_hf.benchmarks.serving.rows import ORIGINAL, ServingRow, check, comparable, format_serving, hidden_error
 from fastbert_hf.benchmarks.serving.section import ServingOptions
-from fastbert_hf.benchmarks.serving.subjects import BASELINE, NOTHING, ORIGINAL, Entry, Subject, random_subject
+from fastbert_hf.benchmarks.serving.subjects import BASELINE, NOTHING, Entry, Subject, random_subject
 from fastbert_hf.benchmarks.serving.worker import Worker
-from fastbert_hf.benchmarks.suite import Measurements, Options, run
+from fastbert_hf.benchmarks.suite import Measurements, Options, run, write_report
 from fastbert_hf.benchmarks.timing import BusyMeter
 from fastbert_hf.cli.benchmark import parse
 
@@ -258,6 +258,23 @@ def test_the_section_is_written_and_read_again(tmp_path, monkeypatch):
     assert measured.serving == [row, missing] and Measurements.load(tmp_path) == measured
     assert "none: none here" in (tmp_path / "results.md").read_text()
     assert json.loads((tmp_path / "results.json").read_text())["serving"][0]["milliseconds"] == 2.0
+
+
+def test_the_picture_shows_models_that_can_be_compared(tmp_path):
+    pytest.importorskip("matplotlib")
+
+    def row(entry, error, threads=1, subject="trained", score=None, **fields):
+        return ServingRow(
+            subject, "1 x 5", entry, "int8", threads, 1, 5, 2.0, speedup=1.0, error=error, score=score, **fields
+        )
+
+    random = [row("original, OpenVINO int8", 0.1, subject="random"), row("leaf, FastBERT", None, subject="random")]
+    assert comparable(random) == []
+    shown = [row("original, OpenVINO int8", 0.1, score=86.0), row("leaf, FastBERT", 0.4, score=85.0)]
+    hidden = [row("leaf, FastBERT", 0.4, threads=2), row("original, torch int8", None, reason="none")]
+    assert comparable([*random, *shown, *hidden]) == shown
+    write_report(Measurements(serving=[*random, *shown, *hidden]), {}, tmp_path)
+    assert (tmp_path / "serving.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_subject_is_measured_with_every_thread_count(monkeypatch, tmp_path):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fastbert_hf import use_backend
 from fastbert_hf.benchmarks.serving.cases import Case
 from fastbert_hf.benchmarks.serving.engines import Job, Unavailable, fastbert, original
-from fastbert_hf.benchmarks.serving.rows import ServingRow, check, hidden_error
-from fastbert_hf.benchmarks.serving.subjects import BASELINE, HALF, NOTHING, ORIGINAL, Entry, Subject
+from fastbert_hf.benchmarks.serving.rows import ORIGINAL, ServingRow, check, hidden_error
+from fastbert_hf.benchmarks.serving.subjects import BASELINE, HALF, NOTHING, Entry, Subject
 from fastbert_hf.benchmarks.serving.worker import Worker
 from fastbert_hf.benchmarks.timing import BUSY_SHARE, BusyMeter, interleaved
 from fastbert_hf.training.distillation.scores import score

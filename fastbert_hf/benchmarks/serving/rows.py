@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ORIGINAL = "original"  # the model that others are compared with
 # mean cosine of a token's output with the same model's in float32 below which a result counts as wrong
 LEAST_COSINE = {"float32": 0.9999, "bfloat16": 0.99, "int8": 0.8}
 
@@ -60,6 +61,15 @@ def hidden_error(value: Tensor, original: Tensor, mask: Tensor) -> float:
     variance = wanted.var(dim=0, unbiased=False)
     variance = variance.maximum(0.01 * variance.median())
     return ((value[visible].double() - wanted).square() / variance).mean().item()
+
+
+def comparable(rows: list[ServingRow]) -> list[ServingRow]:
+    """The rows whose outputs say something of quality: those of trained models, one process of the fewest threads."""
+    rows = [row for row in rows if row.workers == 1 and not row.reason and row.error is not None]
+    trained = {row.subject for row in rows if not row.entry.startswith(ORIGINAL)}
+    rows = [row for row in rows if row.subject in trained]
+    fewest = min((row.threads for row in rows), default=0)
+    return [row for row in rows if row.threads == fewest]
 
 
 def format_serving(rows: list[ServingRow]) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from fastbert_hf.benchmarks.serving.cases import Case, fixed, mixed, sentences
+from fastbert_hf.benchmarks.serving.rows import ORIGINAL
 from fastbert_hf.checkpoint_fastbert import read_json
 from fastbert_hf.hub.card import SUMMARY
 from fastbert_hf.modeling_fastbert import FastBertModel
@@ -24,7 +25,7 @@ GEOMETRIES = {
 }
 LEAVES = ("leaf:5x96", "leaf:5x192")
 FORMS = {"MiniLM-L6": LEAVES, "BERT-base": (*LEAVES, "tree:1x11")}
-ORIGINAL, HALF, NOTHING = "original", "half the layers", "no feed-forward"
+HALF, NOTHING = "half the layers", "no feed-forward"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
+from transformers.utils import logging
 
 import fastbert_hf
 from fastbert_hf.benchmarks.models import NoFeedForward, with_feed_forward
@@ -72,15 +73,21 @@ def needs(module: str) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Exporters warn of what tracing does to every model."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Exporters warn of what tracing does to every model, loaders of a pooler that nobody uses here."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def original(job: Job, attention: str = "sdpa") -> nn.Module:
     """The encoder as Transformers runs it, without a pooler, whose output nobody uses here."""
-    model = AutoModel.from_pretrained(job.folder, dtype=torch.float32, attn_implementation=attention)
+    with quiet():
+        model = AutoModel.from_pretrained(job.folder, dtype=torch.float32, attn_implementation=attention)
     if hasattr(model, "pooler"):
         model.pooler = None
     return model.eval()
@@ -180,7 +187,7 @@ def onnx_fused_file(job: Job) -> Path:
     path = job.cache / "model-fused.onnx"
     if not path.exists():
         optimizer = needs("onnxruntime.transformers.optimizer")
-        config = AutoModel.from_pretrained(job.folder).config
+        config = AutoConfig.from_pretrained(job.folder)
         fused = optimizer.optimize_model(
             str(onnx_file(job)),
             model_type="bert",

@@ -73,6 +73,11 @@ class Some(Near):
         super().__init__(engine, job)
 
 
+def measure(subject, folder, entries, threads, workers, start=Near):
+    groups = Measurement(subject, folder, 1, lambda text: None, start).groups(entries, threads, workers)
+    return [row for group in groups for row in group]
+
+
 @pytest.fixture
 def subject(tmp_path, monkeypatch):
     """Random weights of a tiny geometry, with its students."""
@@ -114,7 +119,7 @@ def test_every_entry_has_rows_and_a_missing_rival_its_reason(subject, tmp_path):
         Entry("tree:1x3", "FastBERT"),
         Entry(NOTHING, "FastBERT"),
     ]
-    rows = Measurement(subject, tmp_path, 1, lambda text: None, Some).rows(entries, threads=1, workers=2)
+    rows = measure(subject, tmp_path, entries, 1, 2, Some)
     latency = [row for row in rows if row.workers == 1]
     assert [(row.entry, row.case) for row in latency if row.case == "1 x 5"] == [
         (entry.name, "1 x 5") for entry in [e for e in entries if e.engine != "OpenVINO"] + [entries[2]]
@@ -140,7 +145,7 @@ def test_a_wrong_output_is_a_mismatch(subject, tmp_path):
     class Wrong(Near):
         off = 3.0
 
-    rows = Measurement(subject, tmp_path, 1, lambda text: None, Wrong).rows([BASELINE], threads=1, workers=1)
+    rows = measure(subject, tmp_path, [BASELINE], 1, 1, Wrong)
     assert all(row.match.startswith("MISMATCH") for row in rows)
 
 
@@ -155,7 +160,7 @@ def test_groups_share_the_baseline_and_hold_few_models_at_a_time(subject, tmp_pa
             assert sum(not worker.closed for worker in started) <= 2
 
     entries = [BASELINE, Entry(ORIGINAL, "FastBERT"), Entry("leaf:2x4", "FastBERT")]
-    rows = Measurement(subject, tmp_path, 1, lambda text: None, Counted).rows(entries, threads=2, workers=2)
+    rows = measure(subject, tmp_path, entries, 2, 2, Counted)
     assert len(started) == 4 and all(worker.closed for worker in started)
     assert [row.entry for row in rows if row.case == "1 x 5"] == [entry.name for entry in entries]
 
@@ -282,14 +287,14 @@ def test_every_subject_is_measured_with_every_thread_count(monkeypatch, tmp_path
     subject = Subject("tiny", {}, [])
     monkeypatch.setattr(section, "random_subject", lambda name, folder, quick: subject)
     asked = []
-    monkeypatch.setattr(Measurement, "rows", lambda self, entries, threads, workers: asked.append((threads, workers)))
-    assert len(list(section.serving_rows(ServingOptions(), [1, 2], False, print))) == 4
+    monkeypatch.setattr(Measurement, "groups", lambda self, entries, *numbers: asked.append(numbers) or [[], []])
+    assert len(list(section.serving_rows(ServingOptions(), [1, 2], False, print))) == 8
     assert asked == [(1, 2), (2, 2)] * 2
 
 
 def test_entries_are_chosen_by_name_beside_the_baseline(monkeypatch):
     monkeypatch.setattr(section, "_subjects", lambda options, quick, folder: [Subject("tiny", {ORIGINAL: None}, [])])
-    monkeypatch.setattr(Measurement, "rows", lambda self, entries, threads, workers: entries)
+    monkeypatch.setattr(Measurement, "groups", lambda self, entries, threads, workers: [entries])
     (entries,) = section.serving_rows(ServingOptions(entries="OpenVINO|prepared int8"), [1], True, print)
     assert [entry.name for entry in entries] == [
         "original, torch float32",

@@ -36,19 +36,17 @@ class Measurement:
         self._expected: dict[tuple[str, str], Tensor] = {}
         self._scores: dict[Entry, float] = {}
 
-    def rows(self, entries: list[Entry], threads: int, workers: int) -> list[ServingRow]:
-        """Times of all entries with so many threads; with one thread also what so many workers carry.
+    def groups(self, entries: list[Entry], threads: int, workers: int) -> Iterator[list[ServingRow]]:
+        """Times of all entries with so many threads, some at a time; with one thread also what so many workers carry.
 
         The baseline is measured again with every group of entries that fit in memory together, so that a ratio is
         one of the same minutes.
         """
-        rows = []
         others = [entry for entry in entries if entry != BASELINE]
         for first in range(0, len(others), AT_A_TIME - 1):
             group = [BASELINE, *others[first : first + AT_A_TIME - 1]]
             found = self._group(group, threads, workers if threads == 1 else 1)
-            rows += [row for row in found if first == 0 or row.entry != BASELINE.name]
-        return rows
+            yield [row for row in found if first == 0 or row.entry != BASELINE.name]
 
     def _group(self, entries: list[Entry], threads: int, workers: int) -> list[ServingRow]:
         rows: list[ServingRow] = []

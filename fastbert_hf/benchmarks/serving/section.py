@@ -33,7 +33,7 @@ class ServingOptions:
 def serving_rows(
     options: ServingOptions, threads: list[int], quick: bool, report: Callable[[str], None]
 ) -> Iterator[list[ServingRow]]:
-    """Groups of rows: a subject with a number of threads each.
+    """Groups of rows, each of one subject and number of threads.
 
     Raises:
         ValueError: a folder without model, a file without texts.
@@ -47,7 +47,7 @@ def serving_rows(
                 if entry == BASELINE or re.search(options.entries, entry.name)
             ]
             for count in threads:
-                yield measurement.rows(entries, count, max(threads))
+                yield from measurement.groups(entries, count, max(threads))
 
 
 def _subjects(options: ServingOptions, quick: bool, folder: Path) -> Iterator[Subject]:

@@ -1,5 +1,6 @@
 """Pictures of a benchmark: time per token against tokens, speed-up against depth, quality against latency."""
 
+import itertools
 from pathlib import Path
 
 from fastbert_hf.benchmarks.rows import Row
@@ -82,6 +83,9 @@ def plot_serving(rows: list[ServingRow], path: Path) -> None:
     Args:
         rows: of models that can be compared. Quality is the score, or the hidden-state error where there is none.
     """
+    from matplotlib import colormaps
+
+    colors = dict(zip(dict.fromkeys(row.entry for row in rows), itertools.cycle(colormaps["tab20"].colors)))
     scored = any(row.score is not None for row in rows)
     cases = list(dict.fromkeys((row.subject, row.case) for row in rows))
     figure, axes = _panels(len(cases))
@@ -89,14 +93,14 @@ def plot_serving(rows: list[ServingRow], path: Path) -> None:
         for row in rows:
             quality = row.score if scored else row.error
             if (row.subject, row.case) == (subject, case) and quality is not None:
-                axis.plot(row.milliseconds, quality, marker="o" if "FastBERT" in row.entry else "s", linestyle="")
-                axis.annotate(
-                    row.entry, (row.milliseconds, quality), textcoords="offset points", xytext=(5, 3), fontsize=6
+                marker = "o" if "FastBERT" in row.entry else "s"
+                axis.plot(
+                    row.milliseconds, quality, marker=marker, linestyle="", color=colors[row.entry], label=row.entry
                 )
         what = "score" if scored else "hidden-state error"
         axis.set(xscale="log", xlabel=f"ms, {rows[0].threads} thread(s)", ylabel=what, title=f"{subject}, {case}")
-        axis.margins(x=0.25)
         axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     figure.savefig(path, dpi=110)
 
 

@@ -101,12 +101,19 @@ def test_padding_counts_neither_for_the_check_nor_for_the_error():
     mask[1, 3:] = 0
     value = wanted.clone()
     value[1, 3:] = 1e6
-    assert check(value, wanted, mask, "float32") == "ok 0, cosine 1.00000" and hidden_error(value, wanted, mask) == 0
+    assert (
+        check(value, wanted, mask, "float32") == "ok 0, cosine 1.00000, median 1.00000"
+        and hidden_error(value, wanted, mask) == 0
+    )
     constant = wanted[mask.bool()].mean(0).expand_as(wanted)
     assert hidden_error(constant, wanted, mask) == pytest.approx(1, rel=1e-5)
     value[0, 0, 0] = math.nan
     assert check(value, wanted, mask, "int8").startswith("MISMATCH")
     assert check(wanted.flip(0), wanted, torch.ones_like(mask), "int8").startswith("MISMATCH")
+    elsewhere = wanted.clone()
+    elsewhere[:, :2] *= -1  # 8 of 21 tokens took another leaf
+    verdict = check(elsewhere, wanted, mask, "float32")
+    assert verdict.startswith("ok") and verdict.endswith(f"cosine {1 - 2 * 8 / 21:.5f}, median 1.00000")
 
 
 def test_every_entry_has_rows_and_a_missing_rival_its_reason(subject, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -21,6 +22,12 @@ from fastbert_hf.benchmarks.timing import BusyMeter
 from fastbert_hf.cli.benchmark import parse
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def needs(*modules):
+    """A mark: the test is left out where one of these is not installed."""
+    missing = [name for name in modules if find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
 class Near:
@@ -200,11 +207,10 @@ def bert(tmp_path):
     return tmp_path / "bert"
 
 
+@needs("onnx", "onnxruntime")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("engine", ["ONNX Runtime", "ONNX Runtime, fused"])
 def test_onnx_runtime_gives_torchs_output_at_every_shape(bert, tmp_path, engine):
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
     workers = [Near(name, job(bert, tmp_path)) for name in ("torch", engine)]
     rounded = Near(engine, job(bert, tmp_path, dtype="int8"))
     for case in (fixed(1, 9, 100), mixed(100, (3, 6, 2))):
@@ -215,10 +221,9 @@ def test_onnx_runtime_gives_torchs_output_at_every_shape(bert, tmp_path, engine)
         assert 0 < (rounded.hidden()[case.mask.bool()] - wanted).abs().max() < 0.5
 
 
+@needs("openvino", "nncf")
 @pytest.mark.filterwarnings("ignore")
 def test_openvino_gives_torchs_output_at_every_shape(bert, tmp_path):
-    pytest.importorskip("openvino")
-    pytest.importorskip("nncf")
     calibration = [(case.ids, case.mask) for case in (fixed(1, 9, 100),)]
     exact, value, rounded = (
         Near(name, job(bert, tmp_path, dtype=dtype, calibration=calibration))
@@ -272,9 +277,8 @@ def test_the_section_is_written_and_read_again(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "results.json").read_text())["serving"][0]["milliseconds"] == 2.0
 
 
+@needs("matplotlib")
 def test_the_picture_shows_models_that_can_be_compared(tmp_path):
-    pytest.importorskip("matplotlib")
-
     def row(entry, error, threads=1, subject="trained", score=None, **fields):
         return ServingRow(
             subject, "1 x 5", entry, "int8", threads, 1, 5, 2.0, speedup=1.0, error=error, score=score, **fields

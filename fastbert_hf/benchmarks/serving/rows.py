@@ -95,12 +95,15 @@ def _table(rows: list[ServingRow]) -> str:
     for row in rows:
         entries.setdefault(row.entry, {})[row.case] = row
     with_score = any(row.score is not None for row in rows)
-    head = ["entry", *cases, "differs from float32 by", "hidden-state error", *(["score"] if with_score else [])]
+    checked = any(row.match for row in rows)  # several workers run what one was checked with
+    head = ["entry", *cases, *(["differs from float32 by", "hidden-state error"] if checked else [])]
+    head += ["score"] if with_score else []
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, found in entries.items():
         last = next(reversed(found.values()))
         cells = [name, *(_cell(found.get(case)) for case in cases)]
-        cells += [last.match, "" if last.error is None else f"{last.error:.4g}"]
+        if checked:
+            cells += [last.match, "" if last.error is None else f"{last.error:.4g}"]
         if with_score:
             cells.append("" if last.score is None else f"{last.score:.2f}")
         lines.append("| " + " | ".join(cells) + " |")

@@ -148,7 +148,7 @@ def confidence_of(margins: Tensor) -> Tensor:
 # ---- products by leaf ----
 
 
-class _RowsByLeaf:
+class RowsByLeaf:
     """The rows of one tree sorted by leaf, and products of every leaf with its rows."""
 
     def __init__(self, leaves: Tensor, num_leaves: int):
@@ -234,7 +234,7 @@ def leaf_forward(
     logits = x.new_empty(x.shape[0], trees, width, dtype=dtype)
     y = x.new_zeros(x.shape[0], weight_out.shape[-1], dtype=dtype)
     for tree in range(trees):
-        rows = _RowsByLeaf(leaves[:, tree], num_leaves)
+        rows = RowsByLeaf(leaves[:, tree], num_leaves)
         sorted_logits = rows.products(x[rows.order].to(dtype), weight_in[tree])  # (N, w)
         if bias_in is not None:
             sorted_logits = sorted_logits + bias_in.view(trees, num_leaves, width)[tree, rows.leaf]
@@ -283,7 +283,7 @@ def leaf_backward(
     confidence = confidence_of(margins)
     grad_y, wide_x = grad_y.to(dtype), x.to(dtype)
     for tree in range(trees):
-        rows = _RowsByLeaf(leaves[:, tree], num_leaves)
+        rows = RowsByLeaf(leaves[:, tree], num_leaves)
         c = confidence[rows.order, tree].unsqueeze(1)
         of_rows = (grad_y[rows.order], wide_x[rows.order], logits[rows.order, tree], c)
         tree_bias = None if bias_out is None else bias_out.view(trees, num_leaves, grad_y.shape[1])[tree]
@@ -305,7 +305,7 @@ def leaf_backward(
 
 
 def _leaf_gradients(
-    rows: _RowsByLeaf,
+    rows: RowsByLeaf,
     grad_y: Tensor,
     x: Tensor,
     logits: Tensor,
@@ -340,6 +340,26 @@ def _leaf_gradients(
     return grad_c, grad_z
 
 
+def traceable_route(x: Tensor, router: Tensor, threshold: Tensor, tree: int, depth: int) -> tuple[Tensor, Tensor]:
+    """Each row's leaf in one tree, among the leaves of all trees, and its confidence: (N,) int64, (N,) floating."""
+    dtype, num_leaves = accumulation_dtype(x.dtype), leaves_per_tree(depth)
+    nodes = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    c = torch.ones(x.shape[0], dtype=dtype, device=x.device)
+    certainty = None
+    for _ in range(depth):
+        rows = nodes + tree * (num_leaves - 1)
+        logits = (x.to(dtype) * router[rows].to(dtype)).sum(-1) - threshold[rows]  # (N,)
+        found = logits.abs()
+        if certainty is None:
+            certainty = found
+        else:  # torch.minimum would share the gradient among equals
+            certainty = torch.where((certainty <= found) | certainty.isnan(), certainty, found)
+        nodes = step_down(nodes, logits)
+    if certainty is not None:
+        c = certainty.sigmoid()
+    return nodes + (1 + tree * num_leaves - num_leaves), c
+
+
 def leaf_traceable(
     x: Tensor,
     router: Tensor,
@@ -362,21 +382,7 @@ def leaf_traceable(
     x_column = x.to(dtype).unsqueeze(-1)  # (N, H, 1)
     y = torch.zeros(x.shape[0], weight_out.shape[1], dtype=dtype, device=x.device)
     for tree in range(trees):
-        nodes = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-        c = torch.ones(x.shape[0], dtype=dtype, device=x.device)
-        certainty = None
-        for _ in range(depth):
-            rows = nodes + tree * (num_leaves - 1)
-            logits = (x.to(dtype) * router[rows].to(dtype)).sum(-1) - threshold[rows]  # (N,)
-            found = logits.abs()
-            if certainty is None:
-                certainty = found
-            else:  # torch.minimum would share the gradient among equals
-                certainty = torch.where((certainty <= found) | certainty.isnan(), certainty, found)
-            nodes = step_down(nodes, logits)
-        if certainty is not None:
-            c = certainty.sigmoid()
-        leaf = nodes + (1 + tree * num_leaves - num_leaves)  # among the leaves of all trees
+        leaf, c = traceable_route(x, router, threshold, tree, depth)
         logits = (weight_in.view(-1, width, x.shape[1])[leaf].to(dtype) @ x_column).squeeze(-1)  # (N, w)
         if bias_in is not None:
             logits = logits + bias_in.view(-1, width)[leaf]

@@ -1,6 +1,7 @@
 """The `native` backends: C++ kernels for CPUs behind a plain C ABI."""
 
 from .fff_backend import NativeBackend
+from .int8_backend import NativeQuantizedLeafBackend
 from .leaf_backend import NativeLeafBackend
 
-__all__ = ["NativeBackend", "NativeLeafBackend"]
+__all__ = ["NativeBackend", "NativeLeafBackend", "NativeQuantizedLeafBackend"]

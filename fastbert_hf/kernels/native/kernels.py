@@ -18,13 +18,13 @@ class NativeKernels:
     Results are the same bit for bit whatever the number of threads, and a row's result does not depend on the other
     rows of the call. They differ in the last bits between instruction sets.
 
-    A subclass names the functions of the library (`forward_symbol`, `backward_symbol`), the deepest tree they take
-    (`max_depth`) and what they call the paths they are given (`paths`).
+    A subclass names the functions of the library (`forward_symbol`, `backward_symbol`; None for an op without a
+    gradient), the deepest tree they take (`max_depth`) and what they call the paths they are given (`paths`).
     """
 
     name = "native"
     forward_symbol: str
-    backward_symbol: str
+    backward_symbol: str | None
     max_depth: int
     paths: str
     max_backward_rows = 2**31 - 1  # row numbers are int32; forward counts them in each of its chunks
@@ -45,8 +45,9 @@ class NativeKernels:
     def _load(self) -> None:
         library = load_library()
         forward = getattr(library, f"{self.forward_symbol}_packed")
-        arguments = getattr(library, self.forward_symbol).argtypes
-        self._backward, self._forward = getattr(library, self.backward_symbol), packed(forward, arguments)
+        self._forward = packed(forward, getattr(library, self.forward_symbol).argtypes)
+        if self.backward_symbol is not None:
+            self._backward = getattr(library, self.backward_symbol)
 
     def supports(
         self, x: Tensor, weight_in: Tensor, weight_out: Tensor, trees: int, depth: int, activation: str

@@ -12,7 +12,7 @@ import torch
 
 # avx512_bf16, avx512, avx2 or generic; by default the best that the CPU and the build have
 INSTRUCTION_SET_VARIABLE = "FASTBERT_NATIVE_ISA"
-ABI_VERSION = 3
+ABI_VERSION = 4
 NO_RUNTIME, FORKED = 1, 2  # states of fff_threads_state
 FOLDER = Path(__file__).resolve().parent
 
@@ -22,6 +22,7 @@ BACKWARD_ARGUMENTS = [c_void_p] * 10 + [c_int64] * 4 + [c_int] * 4
 # pointers, then sizes (N, H, H_out, P, w), then depth, activation, dtype, threads
 LEAF_FORWARD_ARGUMENTS = [c_void_p] * 12 + [c_int64] * 5 + [c_int] * 4
 LEAF_BACKWARD_ARGUMENTS = [c_void_p] * 17 + [c_int64] * 5 + [c_int] * 4
+INT8_LEAF_FORWARD_ARGUMENTS = [c_void_p] * 15 + [c_int64] * 5 + [c_int] * 4
 
 
 class LibraryError(RuntimeError):
@@ -50,9 +51,12 @@ def _open_library() -> ctypes.CDLL:
     library.fff_leaf_forward.argtypes = LEAF_FORWARD_ARGUMENTS
     library.fff_leaf_backward.argtypes = LEAF_BACKWARD_ARGUMENTS
     library.fff_leaf_forward.restype = library.fff_leaf_backward.restype = c_int
+    library.fff_int8_leaf_forward.argtypes = INT8_LEAF_FORWARD_ARGUMENTS
+    library.fff_int8_leaf_forward.restype = c_int
     library.fff_forward.restype = library.fff_backward.restype = c_int
     library.fff_forward_packed.argtypes = library.fff_leaf_forward_packed.argtypes = [c_char_p]
     library.fff_instruction_set.restype = c_char_p
+    library.fff_int8_products.restype = c_char_p
     library.fff_threads_state.restype = c_int
     library.fff_select_instruction_set.argtypes = [c_char_p]
     library.fff_set_parallel_region.argtypes = [c_void_p]

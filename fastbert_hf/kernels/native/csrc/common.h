@@ -68,6 +68,12 @@ struct LeafBackwardTensors {
 
 enum Status { kDone = 0, kNoMemory = 1, kBadPath = 2, kBadArgument = 3, kNoData = 4 };
 
+}  // namespace fff
+
+#include "int8_common.h"
+
+namespace fff {
+
 // One entry per element type: float32, bfloat16.
 struct Kernels {
   const char* name;
@@ -75,6 +81,7 @@ struct Kernels {
   Status (*backward[2])(const Shape&, const BackwardTensors&);
   Status (*leaf_forward[2])(const LeafShape&, const LeafForwardTensors&);
   Status (*leaf_backward[2])(const LeafShape&, const LeafBackwardTensors&);
+  Int8Kernels int8;
 };
 
 // Calls task(context, index, worker) for every index below `count`, on up to `threads` threads of torch's OpenMP

@@ -176,7 +176,7 @@ void sort_by_key(int32_t* rows, int32_t* spare, int64_t count, const uint32_t* k
 #define FFF_API extern "C" __attribute__((visibility("default")))
 
 // Raised with every change of a function's arguments: the loader refuses a library built from other sources.
-FFF_API int fff_abi_version() { return 3; }
+FFF_API int fff_abi_version() { return 4; }
 
 FFF_API void fff_set_parallel_region(void* gomp_parallel) {
   memcpy(&fff::parallel_region, &gomp_parallel, sizeof gomp_parallel);
@@ -289,3 +289,5 @@ FFF_API int fff_leaf_forward_packed(const int64_t* a) {
                           (float*)at(10), (float*)at(11), a[12], a[13], a[14], a[15], a[16], (int)a[17], (int)a[18],
                           (int)a[19], (int)a[20]);
 }
+
+#include "int8_api.h"

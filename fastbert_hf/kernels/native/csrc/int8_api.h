@@ -1,0 +1,62 @@
+// The library's C functions for trees with int8 weights; part of library.cpp.
+#pragma once
+
+namespace fff {
+
+#if defined(__x86_64__)
+namespace avx512_vnni {
+extern const Int8Products products;
+}
+#endif
+
+namespace {
+
+// Products are several times as quick as those of floats.
+constexpr int kInt8Speed = 4;
+
+bool has_vnni() {
+#if defined(__x86_64__)
+  return strncmp(chosen->name, "avx512", 6) == 0 && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
+Int8Products int8_products() {
+#if defined(__x86_64__)
+  if (has_vnni()) return avx512_vnni::products;
+#endif
+  return chosen->int8.products;
+}
+
+}  // namespace
+}  // namespace fff
+
+// Which instruction set multiplies int8 weights where the chosen one does the rest.
+FFF_API const char* fff_int8_products() { return fff::has_vnni() ? "avx512_vnni" : fff::chosen->int8.products_name; }
+
+FFF_API int fff_int8_leaf_forward(const void* x, const float* router, const float* threshold, const float* input_scale,
+                                  const int8_t* weight_in, const float* scale_in, const int32_t* sum_in,
+                                  const float* bias_in, const int8_t* weight_out, const float* scale_out,
+                                  const int32_t* sum_out, const float* bias_out, void* y, int32_t* leaves,
+                                  float* margins, int64_t num_rows, int64_t in_width, int64_t out_width,
+                                  int64_t trees, int64_t leaf_width, int depth, int activation, int dtype,
+                                  int threads) {
+  fff::LeafShape shape = {num_rows, in_width, out_width, trees, leaf_width, depth, activation, threads};
+  if (!fff::in_range(shape, dtype) || in_width > fff::kMaxInt8Width || leaf_width > fff::kMaxInt8Width)
+    return fff::kBadArgument;
+  const int64_t routers = trees * shape.routers();
+  if (fff::missing(x, in_width) || fff::missing(router, routers * in_width) || fff::missing(threshold, routers) ||
+      fff::missing(input_scale, in_width) || fff::missing(weight_in, in_width) || !scale_in || !sum_in ||
+      fff::missing(weight_out, out_width) || fff::missing(scale_out, out_width) || fff::missing(sum_out, out_width) ||
+      fff::missing(y, out_width))
+    return fff::kNoData;
+  const int64_t products = depth * in_width + leaf_width * (in_width + out_width) / fff::kInt8Speed;
+  shape.threads = fff::useful_threads(shape, trees * products);
+  fff::expect_writes(y, num_rows * out_width * (dtype == 0 ? 4 : 2));
+  return fff::chosen->int8.leaf_forward[dtype](
+      shape,
+      {x, router, threshold, input_scale, weight_in, scale_in, sum_in, bias_in, weight_out, scale_out, sum_out,
+       bias_out, y, leaves, margins},
+      fff::int8_products());
+}

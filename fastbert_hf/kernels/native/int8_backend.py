@@ -1,0 +1,37 @@
+"""The `native` backends of trees with int8 weights."""
+
+import torch
+from torch import Tensor
+
+from fastbert_hf.quantized_reference import check_quantized_leaf_arguments
+
+from .kernels import NativeKernels
+from .library import load_library
+
+NOT_SAVED = (None, None)
+
+
+class NativeQuantizedLeafBackend(NativeKernels):
+    """Leaf trees. Arguments and results as `quantized_reference.leaf_trees_int8_forward`."""
+
+    forward_symbol, backward_symbol = "fff_int8_leaf_forward", None
+    max_depth = 24  # as csrc/library.cpp
+
+    def describe(self) -> str:
+        return f"{super().describe()}, products of int8 by {load_library().fff_int8_products().decode()}"
+
+    def infer(self, *arguments) -> Tensor:
+        width = check_quantized_leaf_arguments(*arguments)
+        return self._run(arguments, width, NOT_SAVED)
+
+    def forward(self, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+        width, x, trees = check_quantized_leaf_arguments(*arguments), arguments[0], arguments[-3]
+        saved = (
+            x.new_empty((x.shape[0], trees), dtype=torch.int32),
+            x.new_empty((x.shape[0], trees), dtype=torch.float32),
+        )
+        return self._run(arguments, width, saved), *saved
+
+    def _run(self, arguments, width, saved) -> Tensor:
+        *tensors, trees, depth, activation = arguments
+        return self.run_forward(tensors, tensors[9].shape[1], saved, (trees, width, depth), activation)

@@ -1,0 +1,386 @@
+# Copyright 2026 The FastBERT authors. Licensed under the MIT License.
+"""Trees with int8 weights in plain PyTorch: the definition that every backend is tested against. For inference.
+
+Notation as in leaf_reference.py and fff_reference.py. Three things are quantised:
+
+- Weights, once: int8 between -127 and 127 with one float32 scale for each row of a matrix, so that the row is
+  scale * q. A leaf's W_in (w, H) has a scale for each neuron, its W_out, seen as (H_out, w), one for each output.
+- Rows of activations, when they arrive (`quantize_rows`): uint8 with one scale and one zero point for each row.
+  Columns of x are multiplied by `input_scale` before that, and those of W_in divided by it when they are quantised,
+  so that a few large columns of x do not decide the scale of all.
+- Nothing else: routers, thresholds, decisions, the confidence, biases and activations are float32, whatever x is.
+
+Sums of products are exact integers below 2^31; what is between them is float32, rounded after each operation.
+
+Weights of leaves are packed (`pack`) as instructions for products of int8 want them. The layout is the same on every
+machine, so packed weights are what is saved.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .fff_reference import ACTIVATIONS, gathered_dots, gathered_sum, nodes_per_tree, parameter_rows, step_down
+from .leaf_reference import RowsByLeaf, confidence_of, find_routes, leaves_per_tree, traceable_route
+
+BLOCK_ROWS, GROUP_COLUMNS = 16, 4  # of the packed layout
+MAX_INT8_WIDTH = (2**31 - 1) // (255 * 127)  # of rows whose products are summed in int32: 66311
+INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALLEST_SCALE = 2.0**-120  # rows whose scale would be smaller count as zeros
+
+
+# ---- the packed layout ----
+
+
+def padded_columns(columns: int) -> int:
+    """Columns of a packed matrix: whole groups of 4."""
+    return -(-columns // GROUP_COLUMNS) * GROUP_COLUMNS
+
+
+def pack(matrix: Tensor) -> Tensor:
+    """Pack matrices: (..., R, K) -> (..., R * padded K).
+
+    Blocks of 16 rows follow one another, the last one narrower where 16 does not divide R. A block of b rows is
+    [padded K / 4][b][4]: for every group of 4 columns the values of its first row, then those of its second, and so
+    on. Missing columns are zeros.
+    """
+    *leading, rows, columns = matrix.shape
+    matrix = F.pad(matrix, (0, padded_columns(columns) - columns))
+    return torch.cat(
+        [
+            matrix[..., start : start + BLOCK_ROWS, :]
+            .unflatten(-1, (-1, GROUP_COLUMNS))  # (..., b, padded K / 4, 4)
+            .transpose(-3, -2)
+            .reshape(*leading, -1)
+            for start in range(0, rows, BLOCK_ROWS)
+        ],
+        -1,
+    )
+
+
+def unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
+    """The matrices that `pack` packed: (..., R * padded K) -> (..., R, K)."""
+    width = padded_columns(columns)
+    blocks = []
+    for start in range(0, rows, BLOCK_ROWS):
+        stop = min(rows, start + BLOCK_ROWS)
+        block = packed[..., start * width : stop * width].unflatten(-1, (-1, stop - start, GROUP_COLUMNS))
+        blocks.append(block.transpose(-3, -2).flatten(-2))  # (..., b, padded K)
+    return torch.cat(blocks, -2)[..., :columns]
+
+
+# ---- quantisation ----
+
+
+def quantize_weights(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise every row of matrices symmetrically.
+
+    Args:
+        matrix: (..., R, K) floating.
+    Returns:
+        q (..., R, K) int8 from -127 to 127; scale (..., R) float32, the largest magnitude of a row / 127. The row is
+        scale * q, with an error of at most scale / 2.
+    Raises:
+        ValueError: a value is not finite.
+    """
+    if not matrix.isfinite().all():
+        raise ValueError("weights to be quantised hold NaN or Inf; expected finite values")
+    scale = (matrix.float().abs().amax(-1) / 127).unsqueeze(-1)
+    q = torch.where(scale > 0, matrix.float() / scale, 0).round().clamp(-127, 127)
+    return q.to(torch.int8), scale.squeeze(-1)
+
+
+def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise every row of activations to uint8 with a scale and a zero point.
+
+    Args:
+        rows: (N, K) float32.
+    Returns:
+        q (N, K) float32 integers from 0 to 255; scale (N, 1) float32; zero (N, 1) float32 integers. The row is
+        scale * (q - zero), with an error of at most scale. A row with NaN or Inf, or whose range overflows, has the
+        scale NaN and no other value that is not finite; one whose scale would be below 2^-120 has the scale 0.
+    """
+    padded = F.pad(rows, (0, 1))  # 0 is among the values: the zero point is one of the integers
+    low, high = padded.amin(-1, keepdim=True), padded.amax(-1, keepdim=True)
+    scale = (high - low) / 255
+    bad, tiny = ~(scale < torch.inf), scale < SMALLEST_SCALE
+    usable = torch.where(bad | tiny, 1.0, scale)
+    inverse = 1 / usable
+    zero = (-low * inverse).round()
+    q = ((rows * inverse).round() + zero).clamp(max=255)
+    scale = torch.where(bad, torch.nan, torch.where(tiny, 0.0, scale))
+    return torch.where(bad | tiny, 0.0, q), scale, torch.where(bad | tiny, 0.0, zero)
+
+
+# ---- leaf trees ----
+
+
+def check_quantized_leaf_arguments(
+    x: Tensor,
+    router: Tensor,
+    threshold: Tensor,
+    input_scale: Tensor,
+    weight_in: Tensor,
+    scale_in: Tensor,
+    sum_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    scale_out: Tensor,
+    sum_out: Tensor,
+    bias_out: Tensor | None,
+    trees: int,
+    depth: int,
+    activation: str,
+) -> int:
+    """Check the arguments of the op; every backend does so before it computes.
+
+    Returns: the leaf width w.
+    Raises:
+        ValueError: names the argument, its value and what was expected.
+    """
+    _check_call(x, trees, depth, activation)
+    leaves, width = trees * leaves_per_tree(depth), x.shape[1]
+    neurons = scale_in.numel()
+    if scale_in.dim() != 1 or neurons == 0 or neurons % leaves:
+        raise ValueError(
+            f"scale_in has shape {tuple(scale_in.shape)}; expected one scale for each neuron, a positive multiple of "
+            f"{leaves}, the leaves of {trees} trees of depth {depth}"
+        )
+    leaf_width, out_width = neurons // leaves, scale_out.shape[-1] if scale_out.dim() else 0
+    for name, value in (("x", width), ("a leaf", leaf_width)):
+        if value > MAX_INT8_WIDTH:
+            raise ValueError(f"{name} is {value} wide; expected at most {MAX_INT8_WIDTH}: sums are int32")
+    _check_tensors(
+        x.device,
+        router=(router, torch.float32, (leaves - trees, width)),
+        threshold=(threshold, torch.float32, (leaves - trees,)),
+        input_scale=(input_scale, torch.float32, (width,)),
+        weight_in=(weight_in, torch.int8, (leaves, leaf_width * padded_columns(width))),
+        scale_in=(scale_in, torch.float32, (neurons,)),
+        sum_in=(sum_in, torch.int32, (neurons,)),
+        bias_in=(bias_in, torch.float32, (neurons,)),
+        weight_out=(weight_out, torch.int8, (leaves, out_width * padded_columns(leaf_width))),
+        scale_out=(scale_out, torch.float32, (leaves, out_width)),
+        sum_out=(sum_out, torch.int32, (leaves, out_width)),
+        bias_out=(bias_out, torch.float32, (leaves, out_width)),
+    )
+    return leaf_width
+
+
+def _check_call(x: Tensor, trees: int, depth: int, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if trees < 1 or depth < 0:
+        raise ValueError(f"trees is {trees} and depth is {depth}; expected trees >= 1 and depth >= 0")
+    if x.dim() != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected (N, H)")
+    if x.dtype not in INPUT_DTYPES:
+        raise ValueError(f"x is {x.dtype}; expected one of {', '.join(str(dtype) for dtype in INPUT_DTYPES)}")
+
+
+def _check_tensors(device: torch.device, **expected: tuple[Tensor | None, torch.dtype, tuple[int, ...]]) -> None:
+    for name, (tensor, dtype, shape) in expected.items():
+        if tensor is None and name.startswith("bias"):
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
+        if tensor.dtype != dtype or tensor.device != device:
+            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; expected {dtype} on {device}, where x is")
+
+
+def leaf_trees_int8_forward(
+    x: Tensor,
+    router: Tensor,
+    threshold: Tensor,
+    input_scale: Tensor,
+    weight_in: Tensor,
+    scale_in: Tensor,
+    sum_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    scale_out: Tensor,
+    sum_out: Tensor,
+    bias_out: Tensor | None,
+    trees: int,
+    depth: int,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Route every row to one leaf of every tree and sum what the leaves say, scaled by the confidence.
+
+    Args:
+        x: (N, H) float32, bfloat16 or float16. router (P*r, H), threshold (P*r,), input_scale (H,): float32.
+        weight_in: (P*m, w * padded H) int8, each leaf's (w, H) packed; scale_in (P*m*w,) float32.
+        weight_out: (P*m, H_out * padded w) int8, each leaf's (H_out, w) packed; scale_out (P*m, H_out) float32.
+        sum_in (P*m*w,) and sum_out (P*m, H_out): int32, the sums of the rows of q, for backends that sum
+            q * q' - zero * q' in two parts.
+        bias_in (P*m*w,), bias_out (P*m, H_out): float32 or None.
+        trees, depth: P and D. activation: a key of `ACTIVATIONS`.
+    Returns:
+        y (N, H_out) in the dtype of x; leaves (N, P) int32 and margins (N, P) float32 as `find_routes`.
+    Raises:
+        ValueError: as `check_quantized_leaf_arguments`.
+    """
+    width = check_quantized_leaf_arguments(
+        x, router, threshold, input_scale, weight_in, scale_in, sum_in, bias_in, weight_out, scale_out, sum_out,
+        bias_out, trees, depth, activation,
+    )  # fmt: skip
+    num_leaves, out_width = leaves_per_tree(depth), scale_out.shape[1]
+    leaves, _, margins = find_routes(x.float(), router, threshold, trees, depth)
+    weight_in = unpack(weight_in, width, x.shape[1]).mT.unflatten(0, (trees, num_leaves))  # (P, m, H, w)
+    weight_out = unpack(weight_out, out_width, width).mT.unflatten(0, (trees, num_leaves))  # (P, m, w, H_out)
+    q, scale, zero = quantize_rows(x.float() * input_scale)
+    confidence = confidence_of(margins)
+    y = x.new_zeros(x.shape[0], out_width, dtype=torch.float32)
+    for tree in range(trees):
+        rows = RowsByLeaf(leaves[:, tree], num_leaves)
+        leaf = rows.leaf + tree * num_leaves
+        dots = rows.products((q - zero)[rows.order].double(), weight_in[tree])  # exact
+        logits = dots.float() * scale_in.view(-1, width)[leaf] * scale[rows.order]
+        if bias_in is not None:
+            logits = logits + bias_in.view(-1, width)[leaf]
+        hidden, hidden_scale, hidden_zero = quantize_rows(ACTIVATIONS[activation](logits))
+        dots = rows.products((hidden - hidden_zero).double(), weight_out[tree])
+        out = dots.float() * scale_out[leaf] * hidden_scale
+        if bias_out is not None:
+            out = out + bias_out[leaf]
+        y[rows.order] += confidence[rows.order, tree].unsqueeze(1) * out
+    return y.to(x.dtype), leaves, margins
+
+
+def leaf_trees_int8_traceable(
+    x: Tensor,
+    router: Tensor,
+    threshold: Tensor,
+    input_scale: Tensor,
+    weight_in: Tensor,
+    scale_in: Tensor,
+    sum_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    scale_out: Tensor,
+    sum_out: Tensor,
+    bias_out: Tensor | None,
+    trees: int,
+    depth: int,
+    activation: str,
+) -> Tensor:
+    """The same from ATen operations every exporter knows: -> y (N, H_out). Every row gathers its leaves' weights."""
+    width, out_width = scale_in.shape[0] // weight_in.shape[0], scale_out.shape[1]
+    q, scale, zero = quantize_rows(x.float() * input_scale)
+    y = torch.zeros(x.shape[0], out_width, dtype=torch.float32, device=x.device)
+    for tree in range(trees):
+        leaf, c = traceable_route(x.float(), router, threshold, tree, depth)
+        dots = unpack(weight_in[leaf], width, x.shape[1]).double() @ (q - zero).double().unsqueeze(-1)  # (N, w, 1)
+        logits = dots.squeeze(-1).float() * scale_in.view(-1, width)[leaf] * scale
+        if bias_in is not None:
+            logits = logits + bias_in.view(-1, width)[leaf]
+        hidden, hidden_scale, hidden_zero = quantize_rows(ACTIVATIONS[activation](logits))
+        dots = unpack(weight_out[leaf], out_width, width).double() @ (hidden - hidden_zero).double().unsqueeze(-1)
+        out = dots.squeeze(-1).float() * scale_out[leaf] * hidden_scale
+        if bias_out is not None:
+            out = out + bias_out[leaf]
+        y = y + c.unsqueeze(1) * out
+    return y.to(x.dtype)
+
+
+# ---- trees of single neurons ----
+
+
+def check_quantized_arguments(
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    scale_out: Tensor,
+    output_scale: Tensor,
+    trees: int,
+    depth: int,
+    activation: str,
+) -> None:
+    """Check the arguments of the op; every backend does so before it computes.
+
+    Raises:
+        ValueError: names the argument, its value and what was expected.
+    """
+    _check_call(x, trees, depth, activation)
+    nodes, out_width = trees * nodes_per_tree(depth), output_scale.numel()
+    _check_tensors(
+        x.device,
+        weight_in=(weight_in, torch.float32, (nodes, x.shape[1])),
+        bias_in=(bias_in, torch.float32, (nodes,)),
+        weight_out=(weight_out, torch.int8, (nodes, out_width)),
+        scale_out=(scale_out, torch.float32, (nodes,)),
+        output_scale=(output_scale, torch.float32, (out_width,)),
+    )
+
+
+def fff_int8_forward(
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    scale_out: Tensor,
+    output_scale: Tensor,
+    trees: int,
+    depth: int,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Walk every tree for every row and sum what the visited nodes contribute.
+
+    Args:
+        x: (N, H) float32, bfloat16 or float16. weight_in (P*n, H), bias_in (P*n,) or None: float32.
+        weight_out: (P*n, H_out) int8; its row k is scale_out[k] * output_scale * q[k].
+        scale_out (P*n,), output_scale (H_out,): float32.
+        trees, depth: P and D. activation: a key of `ACTIVATIONS`.
+    Returns:
+        y (N, H_out) in the dtype of x, accumulated in float32; visited nodes (N, P, D+1) int32.
+    Raises:
+        ValueError: as `check_quantized_arguments`.
+    """
+    check_quantized_arguments(
+        x, weight_in, bias_in, weight_out, scale_out, output_scale, trees, depth, activation
+    )  # fmt: skip
+    visited, logits = _walk(x.float(), weight_in, bias_in, trees, depth)
+    rows = parameter_rows(visited, depth).flatten(1)  # (N, P, D+1) -> (N, K)
+    coefficients = ACTIVATIONS[activation](logits.flatten(1)) * scale_out[rows]
+    y = gathered_sum(coefficients, weight_out, rows) * output_scale
+    return y.to(x.dtype), visited
+
+
+def _walk(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, trees: int, depth: int) -> tuple[Tensor, Tensor]:
+    """Visited nodes (N, P, D+1) int32 and their logits, as `fff_reference.fff_forward` finds them."""
+    nodes = torch.zeros(x.shape[0], trees, dtype=torch.int32, device=x.device)
+    visited, logits = [], []
+    for _ in range(depth + 1):
+        rows = parameter_rows(nodes.unsqueeze(-1), depth).squeeze(-1)  # (N, P)
+        visited.append(nodes)
+        logits.append(gathered_dots(x, weight_in, rows))
+        if bias_in is not None:
+            logits[-1] = logits[-1] + bias_in[rows]
+        nodes = step_down(nodes, logits[-1])
+    return torch.stack(visited, -1), torch.stack(logits, -1)
+
+
+def fff_int8_traceable(
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    scale_out: Tensor,
+    output_scale: Tensor,
+    trees: int,
+    depth: int,
+    activation: str,
+) -> Tensor:
+    """The same from ATen operations every exporter knows: -> y (N, H_out)."""
+    nodes = torch.zeros(x.shape[0], trees, dtype=torch.int64, device=x.device)
+    y = torch.zeros(x.shape[0], output_scale.shape[0], dtype=torch.float32, device=x.device)
+    for _ in range(depth + 1):
+        rows = parameter_rows(nodes.unsqueeze(-1), depth).squeeze(-1)  # (N, P)
+        logits = (x.float().unsqueeze(1) * weight_in[rows]).sum(-1)  # (N, P, H) -> (N, P)
+        if bias_in is not None:
+            logits = logits + bias_in[rows]
+        coefficients = ACTIVATIONS[activation](logits) * scale_out[rows]
+        y = y + (coefficients.unsqueeze(-1) * weight_out[rows].float()).sum(1)  # (N, P, H_out) -> (N, H_out)
+        nodes = step_down(nodes, logits)
+    return (y * output_scale).to(x.dtype)

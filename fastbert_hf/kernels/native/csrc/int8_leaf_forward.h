@@ -55,7 +55,8 @@ FFF_INLINE const int8_t* ahead(const int8_t* now, int64_t bytes, int64_t offset,
   return then ? then + (target - bytes) : nullptr;
 }
 
-// Neurons [begin, end) of one leaf for `count` rows, begin a multiple of 16: hidden[i * stride + k] = activation.
+// Neurons [begin, end) of one leaf for `count` rows, begin a multiple of 16: hidden[i * stride + k] = activation. Rows
+// of `hidden` have room for whole blocks.
 static void int8_hidden(const Int8Chunk& chunk, const Int8Leaf& leaf, const uint8_t* const* q, const RowScale* scales,
                         int64_t count, int64_t begin, int64_t end, int32_t* dots, float* hidden, int64_t stride) {
   const LeafShape& s = *chunk.shape;
@@ -64,9 +65,15 @@ static void int8_hidden(const Int8Chunk& chunk, const Int8Leaf& leaf, const uint
     const int64_t rows = min64(kInt8Panel, end - row);
     const int8_t* next = ahead(leaf.weight_in, chunk.in_bytes(), row * columns, leaf.weight_out);
     chunk.products({q, count, columns / 4, leaf.weight_in + row * columns, rows, dots, kInt8Panel, next});
-    for (int64_t i = 0; i < count; ++i)
-      dequantize_row(dots + i * kInt8Panel, scales[i], leaf.sum_in + row, leaf.scale_in + row,
-                     leaf.bias_in ? leaf.bias_in + row : nullptr, rows, hidden + i * stride + row);
+    for (int64_t column = row; column < row + rows; column += kInt8Block) {
+      const BlockScales block(leaf.sum_in + column, leaf.scale_in + column,
+                              leaf.bias_in ? leaf.bias_in + column : nullptr, row + rows - column);
+      for (int64_t i = 0; i < count; ++i) {
+        Floats values;
+        block_values(block, dots + i * kInt8Panel + column - row, scales[i], &values);
+        store_block(hidden + i * stride + column, values, kInt8Block);
+      }
+    }
   }
   for (int64_t i = 0; i < count; ++i)
     activate(s.activation, hidden + i * stride + begin, hidden + i * stride + begin, end - begin);
@@ -77,19 +84,33 @@ template <class E>
 struct Int8Output {
   typename E::type* y;  // (N, H_out)
   float* wide;          // (N, H_out) between trees, or null
-  bool first, last;
+  bool first, last, streams;
 
-  void add(int64_t place, const float* values, float confidence, int64_t count) const {
-    if constexpr (E::kIsFloat) {
-      add_scaled(values, confidence, first, count, y + place);
-    } else {
-      float sums[kInt8Panel];
-      float* sum = wide ? wide + place : sums;
-      add_scaled(values, confidence, first, count, sum);
-      if (last) narrow_plain<E>(sum, count, y + place);
-    }
+  // adds values of the first n columns of a block
+  FFF_INLINE void add(const Int8Output& o, int64_t place, const Floats& values, int64_t n) {
+    float* sums = E::kIsFloat ? (float*)o.y : o.wide;
+    const Floats sum = o.first ? values : load_block_first<Floats>(sums + place, n) + values;
+    if (!o.last)
+      store_block(sums + place, sum, n);
+    else if (E::kIsFloat && o.streams)
+      stream_block((float*)o.y + place, sum);
+    else
+      store_block(o.y + place, sum, n);
+  }
+  // asks for columns of a row that will be written
+  FFF_INLINE void fetch(const Int8Output& o, int64_t place, int64_t n) {
+    if (o.streams) return;
+    const char* first = (const char*)(o.y + place);
+    for (int64_t i = 0; i < n * (int64_t)sizeof(typename E::type); i += 64) __builtin_prefetch(first + i, 1, 3);
   }
 };
+
+template <class E>
+static Int8Output<E> int8_output_of(const LeafShape& s, void* y, float* wide, int64_t tree) {
+  const bool streams = E::kIsFloat && s.trees == 1 && s.out_width % kInt8Block == 0 &&
+                       should_stream(y, s.num_rows, s.out_width * (int64_t)sizeof(float));
+  return {(typename E::type*)y, wide, tree == 0, tree == s.trees - 1, streams};
+}
 
 // Columns [begin, end) of y for `count` rows at one leaf, begin a multiple of 16. `then` are the weights that are
 // read next.
@@ -99,17 +120,22 @@ static void int8_output(const Int8Chunk& chunk, const Int8Leaf& leaf, const uint
                         const int8_t* then, int32_t* dots, const Int8Output<E>& output) {
   const LeafShape& s = *chunk.shape;
   const int64_t columns = padded_columns(s.leaf_width);
-  float values[kInt8Panel];
   for (int64_t row = begin; row < end; row += kInt8Panel) {
     const int64_t rows = min64(kInt8Panel, end - row);
     const int8_t* next = ahead(leaf.weight_out, chunk.out_bytes(), row * columns, then);
+    for (int64_t i = 0; i < count; ++i) Int8Output<E>::fetch(output, rows_of_y[i] * s.out_width + row, rows);
     chunk.products({q, count, columns / 4, leaf.weight_out + row * columns, rows, dots, kInt8Panel, next});
-    for (int64_t i = 0; i < count; ++i) {
-      dequantize_row(dots + i * kInt8Panel, scales[i], leaf.sum_out + row, leaf.scale_out + row,
-                     leaf.bias_out ? leaf.bias_out + row : nullptr, rows, values);
-      output.add(rows_of_y[i] * s.out_width + row, values, confidences[i], rows);
+    for (int64_t column = row; column < row + rows; column += kInt8Block) {
+      const BlockScales block(leaf.sum_out + column, leaf.scale_out + column,
+                              leaf.bias_out ? leaf.bias_out + column : nullptr, row + rows - column);
+      for (int64_t i = 0; i < count; ++i) {
+        Floats values;
+        block_values(block, dots + i * kInt8Panel + column - row, scales[i], &values);
+        Int8Output<E>::add(output, rows_of_y[i] * s.out_width + column, confidences[i] * values, row + rows - column);
+      }
     }
   }
+  if (output.streams) finish_streams();
 }
 
 // Scratch memory of one thread for `block` rows of one leaf.
@@ -119,13 +145,13 @@ struct Int8Memory {
   Scratch<int32_t> dots;
   int64_t block, width;
   Int8Memory(int64_t threads, int64_t block, int64_t leaf_width)
-      : hidden(threads * block * leaf_width),
+      : hidden(threads * block * padded_rows(leaf_width)),
         q(threads * block * padded_columns(leaf_width)),
         dots(threads * block * kInt8Panel),
         block(block),
         width(leaf_width) {}
   bool missing() const { return hidden.missing() || q.missing() || dots.missing(); }
-  float* hidden_of(int worker) const { return hidden.data + worker * block * width; }
+  float* hidden_of(int worker) const { return hidden.data + worker * block * padded_rows(width); }
   uint8_t* q_of(int worker) const { return q.data + worker * block * padded_columns(width); }
   int32_t* dots_of(int worker) const { return dots.data + worker * block * kInt8Panel; }
 };
@@ -146,10 +172,11 @@ static void run_int8_leaf(const Int8Chunk& chunk, int64_t tree, const LeafTask& 
     confidences[i] = confidence_of(chunk.routes[rows[i] * s.trees + tree].margin);
   }
   float* hidden = memory.hidden_of(worker);
-  int8_hidden(chunk, leaf, q, scales, count, 0, w, memory.dots_of(worker), hidden, w);
+  const int64_t stride = padded_rows(w);
+  int8_hidden(chunk, leaf, q, scales, count, 0, w, memory.dots_of(worker), hidden, stride);
   for (int64_t i = 0; i < count; ++i) {
     uint8_t* out = memory.q_of(worker) + i * padded_columns(w);
-    scales[i] = quantize_row(hidden + i * w, w, out);
+    scales[i] = quantize_row(hidden + i * stride, w, out);
     q[i] = out;
   }
   int8_output(chunk, leaf, q, scales, rows, confidences, count, 0, s.out_width, then, memory.dots_of(worker), output);
@@ -166,7 +193,8 @@ template <class E>
 static Status int8_leaf_few(const Int8Chunk& chunk, float* wide) {
   const LeafShape& s = *chunk.shape;
   const int64_t w = s.leaf_width, padded = padded_columns(w), paths = s.num_rows * s.trees;
-  Scratch<float> hidden(paths * w);
+  const int64_t stride = padded_rows(w);
+  Scratch<float> hidden(paths * stride);
   Scratch<uint8_t> quantized(paths * padded);
   Scratch<RowScale> hidden_scales(paths);
   Scratch<int32_t> dots(s.threads * kInt8Panel);
@@ -176,11 +204,11 @@ static Status int8_leaf_few(const Int8Chunk& chunk, float* wide) {
     const int64_t path = i / pieces, row = path / s.trees, begin = i % pieces * neurons;
     const uint8_t* q = chunk.q + row * padded_columns(s.in_width);
     int8_hidden(chunk, chunk.leaf(path % s.trees, chunk.routes[path].leaf), &q, chunk.scales + row, 1, begin,
-                min64(w, begin + neurons), dots.data + worker * kInt8Panel, hidden.data + path * w, w);
+                min64(w, begin + neurons), dots.data + worker * kInt8Panel, hidden.data + path * stride, stride);
   };
   parallel(s.threads, paths * pieces, run_neurons);
   for (int64_t path = 0; path < paths; ++path)
-    hidden_scales.data[path] = quantize_row(hidden.data + path * w, w, quantized.data + path * padded);
+    hidden_scales.data[path] = quantize_row(hidden.data + path * stride, w, quantized.data + path * padded);
   const int64_t columns = shared_blocks(s.out_width, s.threads) * kInt8Block, slices = ceil_div(s.out_width, columns);
   auto run_columns = [&](int64_t i, int worker) {
     const int32_t row = (int32_t)(i / slices);
@@ -189,7 +217,7 @@ static Status int8_leaf_few(const Int8Chunk& chunk, float* wide) {
       const int64_t path = row * s.trees + tree;
       const float confidence = confidence_of(chunk.routes[path].margin);
       const uint8_t* q = quantized.data + path * padded;
-      const Int8Output<E> output = {(typename E::type*)chunk.tensors->y, wide, tree == 0, tree == s.trees - 1};
+      const Int8Output<E> output = int8_output_of<E>(s, chunk.tensors->y, wide, tree);
       int8_output(chunk, chunk.leaf(tree, chunk.routes[path].leaf), &q, hidden_scales.data + path, &row, &confidence,
                   1, begin, min64(s.out_width, begin + columns), nullptr, dots.data + worker * kInt8Panel, output);
     }
@@ -208,7 +236,7 @@ static Status int8_leaf_many(const Int8Chunk& chunk, float* wide) {
   for (int64_t tree = 0; tree < s.trees; ++tree) {
     for (int64_t i = 0; i < s.num_rows; ++i) by_leaf.keys.data[i] = (uint32_t)chunk.routes[i * s.trees + tree].leaf;
     by_leaf.group(s.depth);
-    const Int8Output<E> output = {(typename E::type*)chunk.tensors->y, wide, tree == 0, tree == s.trees - 1};
+    const Int8Output<E> output = int8_output_of<E>(s, chunk.tensors->y, wide, tree);
     auto task = [&](int64_t i, int worker) {
       const LeafTask* leaf = by_leaf.tasks.data + i;
       const int8_t* then = i + 1 < by_leaf.num_tasks ? chunk.leaf(tree, leaf[1].leaf).weight_in : nullptr;

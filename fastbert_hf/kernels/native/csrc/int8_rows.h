@@ -65,42 +65,72 @@ static void scale_row(const float* __restrict in, const float* __restrict factor
   for (int64_t i = 0; i < width; ++i) out[i] = in[i] * factors[i];
 }
 
-// out[i] = (dots[i] - zero * sums[i]) * scales[i] * row.scale + bias[i]: what sums of products stand for.
-static void dequantize_row(const int32_t* __restrict dots, RowScale row, const int32_t* __restrict sums,
-                           const float* __restrict scales, const float* __restrict bias, int64_t count,
-                           float* __restrict out) {
-  if (bias)
-    for (int64_t i = 0; i < count; ++i)
-      out[i] = (float)(dots[i] - row.zero * sums[i]) * scales[i] * row.scale + bias[i];
-  else
-    for (int64_t i = 0; i < count; ++i) out[i] = (float)(dots[i] - row.zero * sums[i]) * scales[i] * row.scale;
+// Sixteen values, as many as a block of packed weights has rows; instruction sets of narrower vectors take several.
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+
+template <class V, class T>
+FFF_INLINE V load_block(const T* p) {
+  V lanes;
+  memcpy(&lanes, p, sizeof lanes);
+  return lanes;
+}
+// the first n of them, then zeros; all zeros for null
+template <class V, class T>
+FFF_INLINE V load_block_first(const T* p, int64_t n) {
+  if (p && n >= kInt8Block) return load_block<V>(p);
+  V lanes = {};
+  if (p) memcpy(&lanes, p, n * sizeof(T));
+  return lanes;
 }
 
-// sum[i] = (first ? 0 : sum[i]) + c * values[i]
-static void add_scaled(const float* __restrict values, float c, bool first, int64_t count, float* __restrict sum) {
-  if (first)
-    for (int64_t i = 0; i < count; ++i) sum[i] = c * values[i];
-  else
-    for (int64_t i = 0; i < count; ++i) sum[i] += c * values[i];
+// What turns sums of products into values, for the columns of one block.
+struct BlockScales {
+  Ints sums;
+  Floats scales, bias;
+
+  BlockScales(const int32_t* sum, const float* scale, const float* added, int64_t columns)
+      : sums(load_block_first<Ints>(sum, columns)),
+        scales(load_block_first<Floats>(scale, columns)),
+        bias(load_block_first<Floats>(added, columns)) {}
+};
+// (dots - zero * sums) * scales * scale + bias
+FFF_INLINE void block_values(const BlockScales& b, const int32_t* dots, const RowScale& row, Floats* values) {
+  const Ints exact = load_block<Ints>(dots) - row.zero * b.sums;
+  *values = __builtin_convertvector(exact, Floats) * b.scales * row.scale + b.bias;
 }
 
-// Rows of x as floats in their own order, and sums back as elements of y.
+// Rows of x as floats in their own order.
 template <class E>
 static void widen_plain(const typename E::type* __restrict in, int64_t count, float* __restrict out) {
   for (int64_t i = 0; i < count; ++i) out[i] = E::widen(in[i]);
 }
-FFF_INLINE uint16_t nearest_bf16(float a) {
-  uint32_t word;
-  memcpy(&word, &a, 4);
-  return (uint16_t)(a != a ? 0x7fc0u : (word + 0x7fffu + (word >> 16 & 1u)) >> 16);
+
+// Sums back as elements of y: the first n of a block.
+template <class V, class T>
+FFF_INLINE void store_lanes(T* p, const V& lanes, int64_t n) {
+  if (n >= kInt8Block)
+    memcpy(p, &lanes, sizeof lanes);
+  else
+    memcpy(p, &lanes, n * sizeof(T));
 }
-template <class E>
-static void narrow_plain(const float* __restrict in, int64_t count, typename E::type* __restrict out) {
-  for (int64_t i = 0; i < count; ++i) {
-    if constexpr (E::kIsFloat)
-      out[i] = in[i];
-    else
-      out[i] = nearest_bf16(in[i]);
+FFF_INLINE void store_block(float* p, const Floats& a, int64_t n) { store_lanes(p, a, n); }
+FFF_INLINE void store_block(uint16_t* p, const Floats& a, int64_t n) {
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  Words words;
+  memcpy(&words, &a, sizeof words);
+  const Words rounded = (words + 0x7fff + (words >> 16 & 1)) >> 16;  // nearest even, as torch rounds
+  const Words halves = a != a ? Words{} + 0x7fc0 : rounded;
+  const Halves out = __builtin_convertvector(halves, Halves);
+  store_lanes(p, out, n);
+}
+// a whole block past the caches
+FFF_INLINE void stream_block(float* p, const Floats& a) {
+  for (int64_t i = 0; i < kInt8Block; i += kWidth) {
+    vec part;
+    memcpy(&part, (const float*)&a + i, sizeof part);
+    stream(p + i, part);
   }
 }
 

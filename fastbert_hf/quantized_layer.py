@@ -2,14 +2,14 @@
 """`QuantizedLeafFeedForward` and `QuantizedFastFeedForward`: the layers of trees with int8 weights, for inference."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .fff_layer import FastFeedForward, TreeLayer
 from .fff_reference import MAX_DEPTH, nodes_per_tree
 from .leaf_layer import LeafFeedForward
 from .leaf_reference import MAX_LEAF_DEPTH, confidence_of, leaves_per_tree
 from .quantized_op import fff_int8, leaf_trees_int8
-from .quantized_reference import pack, padded_columns, quantize_weights, unpack
+from .quantized_weights import pack, padded_columns, quantize_weights, unpack
 
 LEAST_COLUMN = 2.0**-10  # of the largest one: columns that are smaller share its scale
 
@@ -52,8 +52,8 @@ class QuantizedLeafFeedForward(QuantizedTreeLayer):
         initializer_range and dtype change nothing.
     Buffers: router (P*r, H), threshold (P*r,), input_scale (H,), scale_in (P*m*w,), bias_in (P*m*w,) or None,
         scale_out (P*m, H_out), bias_out (P*m, H_out) or None: float32. weight_in (P*m, w * padded H), weight_out
-        (P*m, H_out * padded w): int8, packed leaf by leaf as `quantized_reference.pack` says. sum_in (P*m*w,), sum_out
-        (P*m, H_out): int32, sums of the rows of both.
+        (P*m, H_out * padded w): int8, packed leaf by leaf as `quantized_weights.pack` says. sum_in (P*m*w,),
+        sum_out (P*m, H_out): int32, sums of the rows of both.
     Raises:
         ValueError: a size outside its range or an unknown activation.
     Source: quantized_op.py.

@@ -1,13 +1,13 @@
 # Copyright 2026 The FastBERT authors. Licensed under the MIT License.
 """The ops of trees with int8 weights, for inference: their contracts and their registration with PyTorch.
 
-`leaf_trees_int8` is `leaf_trees` with the products of its leaves in int8, and `fff_int8` is `fff` with `weight_out` in
-int8. Both take the paths that the ops of float32 take on the same x. `quantized_reference.py` says exactly what is
-rounded where; a backend computes the same sums of integers, so two backends differ in float rounding alone: in that of
+`leaf_trees_int8` is `leaf_trees` with the products of its leaves in int8, and `fff_int8` is `fff` with `weight_out`
+in int8. Both take the paths that the ops of float32 take on the same x. `quantized_reference.py` says exactly what is
+rounded where. A backend computes the same sums of integers; two backends differ in float rounding alone: in that of
 the logits and of the activation, which can move a quantised value by one step where it is close to halfway.
 
-Neither op has a gradient: forward runs where gradients are recorded, backward through it raises. PyTorch knows them as
-`fastbert::leaf_trees_int8_v1` and `fastbert::fff_int8_v1`. Source: leaf_op.py, fff_op.py; the quantisation is ours,
+Neither op has a gradient: forward runs where gradients are recorded, backward through it raises. PyTorch knows them
+as `fastbert::leaf_trees_int8_v1` and `fastbert::fff_int8_v1`. Source: leaf_op.py, fff_op.py; the quantisation is ours,
 with columns balanced between x and weights as in arXiv 2211.10438.
 """
 
@@ -52,7 +52,7 @@ def _register(name: str, schema: str, forward: Callable, fake: Callable) -> None
     registered.register_fake(fake)
 
     def backward(ctx, *gradients):
-        raise NotImplementedError(f"the op fastbert::{name} has no gradient: layers with int8 weights are for inference")
+        raise NotImplementedError(f"fastbert::{name} has no gradient: layers with int8 weights are for inference")
 
     registered.register_autograd(backward, setup_context=lambda ctx, inputs, output: None)
 
@@ -74,8 +74,8 @@ def _leaf_fake(x, *arguments):
 
 _register(
     "leaf_trees_int8_v1",
-    "(Tensor x, Tensor router, Tensor threshold, Tensor input_scale, Tensor weight_in, Tensor scale_in, Tensor sum_in, "
-    "Tensor? bias_in, Tensor weight_out, Tensor scale_out, Tensor sum_out, Tensor? bias_out, SymInt trees, "
+    "(Tensor x, Tensor router, Tensor threshold, Tensor input_scale, Tensor weight_in, Tensor scale_in, "
+    "Tensor sum_in, Tensor? bias_in, Tensor weight_out, Tensor scale_out, Tensor sum_out, Tensor? bias_out, SymInt trees, "
     "SymInt depth, str activation) -> (Tensor, Tensor, Tensor)",
     lambda *arguments: _leaf_backend(arguments).forward(*arguments),
     _leaf_fake,
@@ -131,8 +131,8 @@ def _fff_backend(arguments: tuple):
 
 def _fff_fake(x, *arguments):
     check_quantized_arguments(x, *arguments)
-    trees, depth, _ = arguments[-3:]
-    return x.new_empty(x.shape[0], arguments[2].shape[1]), x.new_empty(x.shape[0], trees, depth + 1, dtype=torch.int32)
+    num_rows, trees, levels = x.shape[0], arguments[-3], arguments[-2] + 1
+    return x.new_empty(num_rows, arguments[2].shape[1]), x.new_empty(num_rows, trees, levels, dtype=torch.int32)
 
 
 _register(

@@ -5,111 +5,23 @@ Notation as in leaf_reference.py and fff_reference.py. Three things are quantise
 
 - Weights, once: int8 between -127 and 127 with one float32 scale for each row of a matrix, so that the row is
   scale * q. A leaf's W_in (w, H) has a scale for each neuron, its W_out, seen as (H_out, w), one for each output.
-- Rows of activations, when they arrive (`quantize_rows`): uint8 with one scale and one zero point for each row.
+- Rows of activations, when they arrive (`quantized_weights.quantize_rows`): uint8 with one scale and one zero point for each row.
   Columns of x are multiplied by `input_scale` before that, and those of W_in divided by it when they are quantised,
   so that a few large columns of x do not decide the scale of all.
 - Nothing else: routers, thresholds, decisions, the confidence, biases and activations are float32, whatever x is.
 
 Sums of products are exact integers below 2^31; what is between them is float32, rounded after each operation.
-
-Weights of leaves are packed (`pack`) as instructions for products of int8 want them. The layout is the same on every
-machine, so packed weights are what is saved.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .fff_reference import ACTIVATIONS, gathered_dots, gathered_sum, nodes_per_tree, parameter_rows, step_down
 from .leaf_reference import RowsByLeaf, confidence_of, find_routes, leaves_per_tree, traceable_route
+from .quantized_weights import padded_columns, quantize_rows, unpack
 
-BLOCK_ROWS, GROUP_COLUMNS = 16, 4  # of the packed layout
 MAX_INT8_WIDTH = (2**31 - 1) // (255 * 127)  # of rows whose products are summed in int32: 66311
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SMALLEST_SCALE = 2.0**-120  # rows whose scale would be smaller count as zeros
-
-
-# ---- the packed layout ----
-
-
-def padded_columns(columns: int) -> int:
-    """Columns of a packed matrix: whole groups of 4."""
-    return -(-columns // GROUP_COLUMNS) * GROUP_COLUMNS
-
-
-def pack(matrix: Tensor) -> Tensor:
-    """Pack matrices: (..., R, K) -> (..., R * padded K).
-
-    Blocks of 16 rows follow one another, the last one narrower where 16 does not divide R. A block of b rows is
-    [padded K / 4][b][4]: for every group of 4 columns the values of its first row, then those of its second, and so
-    on. Missing columns are zeros.
-    """
-    *leading, rows, columns = matrix.shape
-    matrix = F.pad(matrix, (0, padded_columns(columns) - columns))
-    return torch.cat(
-        [
-            matrix[..., start : start + BLOCK_ROWS, :]
-            .unflatten(-1, (-1, GROUP_COLUMNS))  # (..., b, padded K / 4, 4)
-            .transpose(-3, -2)
-            .reshape(*leading, -1)
-            for start in range(0, rows, BLOCK_ROWS)
-        ],
-        -1,
-    )
-
-
-def unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
-    """The matrices that `pack` packed: (..., R * padded K) -> (..., R, K)."""
-    width = padded_columns(columns)
-    blocks = []
-    for start in range(0, rows, BLOCK_ROWS):
-        stop = min(rows, start + BLOCK_ROWS)
-        block = packed[..., start * width : stop * width].unflatten(-1, (-1, stop - start, GROUP_COLUMNS))
-        blocks.append(block.transpose(-3, -2).flatten(-2))  # (..., b, padded K)
-    return torch.cat(blocks, -2)[..., :columns]
-
-
-# ---- quantisation ----
-
-
-def quantize_weights(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise every row of matrices symmetrically.
-
-    Args:
-        matrix: (..., R, K) floating.
-    Returns:
-        q (..., R, K) int8 from -127 to 127; scale (..., R) float32, the largest magnitude of a row / 127. The row is
-        scale * q, with an error of at most scale / 2.
-    Raises:
-        ValueError: a value is not finite.
-    """
-    if not matrix.isfinite().all():
-        raise ValueError("weights to be quantised hold NaN or Inf; expected finite values")
-    scale = (matrix.float().abs().amax(-1) / 127).unsqueeze(-1)
-    q = torch.where(scale > 0, matrix.float() / scale, 0).round().clamp(-127, 127)
-    return q.to(torch.int8), scale.squeeze(-1)
-
-
-def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise every row of activations to uint8 with a scale and a zero point.
-
-    Args:
-        rows: (N, K) float32.
-    Returns:
-        q (N, K) float32 integers from 0 to 255; scale (N, 1) float32; zero (N, 1) float32 integers. The row is
-        scale * (q - zero), with an error of at most scale. A row with NaN or Inf, or whose range overflows, has the
-        scale NaN and no other value that is not finite; one whose scale would be below 2^-120 has the scale 0.
-    """
-    padded = F.pad(rows, (0, 1))  # 0 is among the values: the zero point is one of the integers
-    low, high = padded.amin(-1, keepdim=True), padded.amax(-1, keepdim=True)
-    scale = (high - low) / 255
-    bad, tiny = ~(scale < torch.inf), scale < SMALLEST_SCALE
-    usable = torch.where(bad | tiny, 1.0, scale)
-    inverse = 1 / usable
-    zero = (-low * inverse).round()
-    q = ((rows * inverse).round() + zero).clamp(max=255)
-    scale = torch.where(bad, torch.nan, torch.where(tiny, 0.0, scale))
-    return torch.where(bad | tiny, 0.0, q), scale, torch.where(bad | tiny, 0.0, zero)
 
 
 # ---- leaf trees ----
@@ -138,6 +50,47 @@ def check_quantized_leaf_arguments(
     Raises:
         ValueError: names the argument, its value and what was expected.
     """
+    floats = (router, threshold, input_scale, scale_in, bias_in, scale_out, bias_out)
+    if (  # all is well: the rest only finds the words, which would take longer than a kernel at N = 1
+        activation in ACTIVATIONS
+        and trees >= 1
+        and depth >= 0
+        and x.dim() == 2
+        and x.dtype in INPUT_DTYPES
+        and 0 < (width := x.shape[1]) <= MAX_INT8_WIDTH
+        and scale_in.dim() == 1
+        and (neurons := scale_in.shape[0]) > 0
+        and neurons % (leaves := trees << depth) == 0
+        and (leaf_width := neurons // leaves) <= MAX_INT8_WIDTH
+        and scale_out.dim() == 2
+        and (out_width := scale_out.shape[1]) > 0
+        and scale_out.shape[0] == leaves
+        and router.shape == (leaves - trees, width)
+        and threshold.shape == (leaves - trees,)
+        and input_scale.shape == (width,)
+        and weight_in.shape == (leaves, leaf_width * padded_columns(width))
+        and weight_out.shape == (leaves, out_width * padded_columns(leaf_width))
+        and sum_in.shape == (neurons,)
+        and sum_out.shape == (leaves, out_width)
+        and (bias_in is None or bias_in.shape == (neurons,))
+        and (bias_out is None or bias_out.shape == (leaves, out_width))
+        and weight_in.dtype == weight_out.dtype == torch.int8
+        and sum_in.dtype == sum_out.dtype == torch.int32
+        and all(t is None or t.dtype == torch.float32 for t in floats)
+        and all(t is None or t.device == x.device for t in (*floats, weight_in, sum_in, weight_out, sum_out))
+    ):
+        return leaf_width
+    return _explain_leaf_arguments(
+        x, router, threshold, input_scale, weight_in, scale_in, sum_in, bias_in, weight_out, scale_out, sum_out,
+        bias_out, trees, depth, activation,
+    )  # fmt: skip
+
+
+def _explain_leaf_arguments(
+    x, router, threshold, input_scale, weight_in, scale_in, sum_in, bias_in, weight_out, scale_out, sum_out, bias_out,
+    trees: int, depth: int, activation: str,
+) -> int:  # fmt: skip
+    """The checks of `check_quantized_leaf_arguments`, one by one, for their messages."""
     _check_call(x, trees, depth, activation)
     leaves, width = trees * leaves_per_tree(depth), x.shape[1]
     neurons = scale_in.numel()
@@ -147,9 +100,9 @@ def check_quantized_leaf_arguments(
             f"{leaves}, the leaves of {trees} trees of depth {depth}"
         )
     leaf_width, out_width = neurons // leaves, scale_out.shape[-1] if scale_out.dim() else 0
-    for name, value in (("x", width), ("a leaf", leaf_width)):
-        if value > MAX_INT8_WIDTH:
-            raise ValueError(f"{name} is {value} wide; expected at most {MAX_INT8_WIDTH}: sums are int32")
+    for name, value in (("x", width), ("a leaf", leaf_width), ("y", out_width)):
+        if value == 0 or (value > MAX_INT8_WIDTH and name != "y"):
+            raise ValueError(f"{name} is {value} wide; expected 1 to {MAX_INT8_WIDTH}, as sums are int32")
     _check_tensors(
         x.device,
         router=(router, torch.float32, (leaves - trees, width)),
@@ -304,6 +257,8 @@ def check_quantized_arguments(
     """
     _check_call(x, trees, depth, activation)
     nodes, out_width = trees * nodes_per_tree(depth), output_scale.numel()
+    if x.shape[1] == 0 or out_width == 0:
+        raise ValueError(f"x is {x.shape[1]} wide and y is {out_width} wide; expected at least 1")
     _check_tensors(
         x.device,
         weight_in=(weight_in, torch.float32, (nodes, x.shape[1])),

@@ -9,10 +9,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fastbert_hf"
 # each level may import from itself and from those before it
 LEVELS = [
-    ("fff_reference", "leaf_reference", "kernels"),
+    ("fff_reference", "leaf_reference", "quantized_weights", "quantized_reference", "kernels"),
     ("backends_fastbert", "dispatch_fastbert"),
-    ("fff_op", "leaf_op"),
-    ("fff_layer", "leaf_layer"),
+    ("fff_op", "leaf_op", "quantized_op"),
+    ("fff_layer", "leaf_layer", "quantized_layer"),
     ("configuration_fastbert", "inputs_fastbert"),
     ("encoder_fastbert",),
     ("heads_fastbert",),
@@ -48,6 +48,10 @@ BUNDLE = [
     "leaf_reference",
     "modeling_fastbert",
     "pretrained_fastbert",
+    "quantized_layer",
+    "quantized_op",
+    "quantized_reference",
+    "quantized_weights",
 ]
 # a command line, not an import of the package: it lists what the op above it can choose from
 EXEMPT = {PACKAGE / "kernels" / "__main__.py"}

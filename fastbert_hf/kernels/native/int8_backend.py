@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastbert_hf.quantized_reference import check_quantized_leaf_arguments
+from fastbert_hf.quantized_reference import check_quantized_arguments, check_quantized_leaf_arguments
 
 from .kernels import NativeKernels
 from .library import load_library
@@ -35,3 +35,24 @@ class NativeQuantizedLeafBackend(NativeKernels):
     def _run(self, arguments, width, saved) -> Tensor:
         *tensors, trees, depth, activation = arguments
         return self.run_forward(tensors, tensors[9].shape[1], saved, (trees, width, depth), activation)
+
+
+class NativeQuantizedBackend(NativeKernels):
+    """Trees of single neurons. Arguments and results as `quantized_reference.fff_int8_forward`."""
+
+    forward_symbol, backward_symbol = "fff_int8_forward", None
+    max_depth = 30  # node numbers are int32
+
+    def infer(self, *arguments) -> Tensor:
+        check_quantized_arguments(*arguments)
+        return self._run(arguments, (None,))
+
+    def forward(self, *arguments) -> tuple[Tensor, Tensor]:
+        check_quantized_arguments(*arguments)
+        x, trees, depth = arguments[0], *arguments[-3:-1]
+        visited = x.new_empty((x.shape[0], trees, depth + 1), dtype=torch.int32)
+        return self._run(arguments, (visited,)), visited
+
+    def _run(self, arguments, saved) -> Tensor:
+        *tensors, trees, depth, activation = arguments
+        return self.run_forward(tensors, tensors[3].shape[1], saved, (trees, depth), activation)

@@ -22,6 +22,7 @@ BACKWARD_ARGUMENTS = [c_void_p] * 10 + [c_int64] * 4 + [c_int] * 4
 # pointers, then sizes (N, H, H_out, P, w), then depth, activation, dtype, threads
 LEAF_FORWARD_ARGUMENTS = [c_void_p] * 12 + [c_int64] * 5 + [c_int] * 4
 LEAF_BACKWARD_ARGUMENTS = [c_void_p] * 17 + [c_int64] * 5 + [c_int] * 4
+INT8_FORWARD_ARGUMENTS = [c_void_p] * 8 + [c_int64] * 4 + [c_int] * 4
 INT8_LEAF_FORWARD_ARGUMENTS = [c_void_p] * 15 + [c_int64] * 5 + [c_int] * 4
 
 
@@ -52,7 +53,8 @@ def _open_library() -> ctypes.CDLL:
     library.fff_leaf_backward.argtypes = LEAF_BACKWARD_ARGUMENTS
     library.fff_leaf_forward.restype = library.fff_leaf_backward.restype = c_int
     library.fff_int8_leaf_forward.argtypes = INT8_LEAF_FORWARD_ARGUMENTS
-    library.fff_int8_leaf_forward.restype = c_int
+    library.fff_int8_forward.argtypes = INT8_FORWARD_ARGUMENTS
+    library.fff_int8_forward.restype = library.fff_int8_leaf_forward.restype = c_int
     library.fff_forward.restype = library.fff_backward.restype = c_int
     library.fff_forward_packed.argtypes = library.fff_leaf_forward_packed.argtypes = [c_char_p]
     library.fff_instruction_set.restype = c_char_p

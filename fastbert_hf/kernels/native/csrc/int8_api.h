@@ -35,6 +35,21 @@ Int8Products int8_products() {
 // Which instruction set multiplies int8 weights where the chosen one does the rest.
 FFF_API const char* fff_int8_products() { return fff::has_vnni() ? "avx512_vnni" : fff::chosen->int8.products_name; }
 
+FFF_API int fff_int8_forward(const void* x, const float* weight_in, const float* bias_in, const int8_t* weight_out,
+                             const float* scale_out, const float* output_scale, void* y, int32_t* visited,
+                             int64_t num_rows, int64_t in_width, int64_t out_width, int64_t trees, int depth,
+                             int activation, int dtype, int threads) {
+  fff::Shape shape = {num_rows, in_width, out_width, trees, depth, activation, threads};
+  if (!fff::in_range(shape, dtype)) return fff::kBadArgument;
+  if (fff::missing(x, in_width) || fff::missing(weight_in, in_width) || fff::missing(weight_out, out_width) ||
+      !scale_out || fff::missing(output_scale, out_width) || fff::missing(y, out_width))
+    return fff::kNoData;
+  shape.threads = fff::useful_threads(shape, shape.visits() * (in_width + out_width));
+  fff::expect_writes(y, num_rows * out_width * (dtype == 0 ? 4 : 2));
+  return fff::chosen->int8.forward[dtype](
+      shape, {x, weight_in, bias_in, weight_out, scale_out, output_scale, y, visited});
+}
+
 FFF_API int fff_int8_leaf_forward(const void* x, const float* router, const float* threshold, const float* input_scale,
                                   const int8_t* weight_in, const float* scale_in, const int32_t* sum_in,
                                   const float* bias_in, const int8_t* weight_out, const float* scale_out,

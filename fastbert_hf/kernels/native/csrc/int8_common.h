@@ -39,6 +39,17 @@ struct Int8LeafTensors {
   float* margins;
 };
 
+// Trees of single neurons. Shapes beside those of Shape: weight_in (P*n, H), bias_in (P*n), weight_out (P*n, H_out) in
+// rows as they are, scale_out (P*n), output_scale (H_out), visited (N, P, D+1).
+struct Int8Tensors {
+  const void* x;
+  const float *weight_in, *bias_in;  // bias_in or null
+  const int8_t* weight_out;
+  const float *scale_out, *output_scale;
+  void* y;
+  int32_t* visited;  // or null
+};
+
 // out[t * stride + r] = sum over k of a[t][k] * b[r][k] for t < count and r < rows. Rows of `a` have 4 * groups
 // values, b is packed from its first row on, and rows of `out` have room for whole blocks.
 struct Int8Product {
@@ -56,6 +67,7 @@ typedef void (*Int8Products)(const Int8Product&);
 struct Int8Kernels {
   const char* products_name;
   Int8Products products;
+  Status (*forward[2])(const Shape&, const Int8Tensors&);
   Status (*leaf_forward[2])(const LeafShape&, const Int8LeafTensors&, Int8Products);
 };
 

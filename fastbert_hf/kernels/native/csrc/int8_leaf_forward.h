@@ -89,7 +89,9 @@ struct Int8Output {
   // adds values of the first n columns of a block
   FFF_INLINE void add(const Int8Output& o, int64_t place, const Floats& values, int64_t n) {
     float* sums = E::kIsFloat ? (float*)o.y : o.wide;
-    const Floats sum = o.first ? values : load_block_first<Floats>(sums + place, n) + values;
+    Floats sum = {};
+    if (!o.first) load_block_first(sums + place, n, &sum);
+    sum += values;
     if (!o.last)
       store_block(sums + place, sum, n);
     else if (E::kIsFloat && o.streams)

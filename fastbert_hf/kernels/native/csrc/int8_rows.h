@@ -69,19 +69,17 @@ static void scale_row(const float* __restrict in, const float* __restrict factor
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 
+// Vectors are handed over by address: how functions return them depends on the instruction set.
 template <class V, class T>
-FFF_INLINE V load_block(const T* p) {
-  V lanes;
-  memcpy(&lanes, p, sizeof lanes);
-  return lanes;
+FFF_INLINE void load_block(const T* p, V* lanes) {
+  memcpy(lanes, p, sizeof *lanes);
 }
 // the first n of them, then zeros; all zeros for null
 template <class V, class T>
-FFF_INLINE V load_block_first(const T* p, int64_t n) {
-  if (p && n >= kInt8Block) return load_block<V>(p);
-  V lanes = {};
-  if (p) memcpy(&lanes, p, n * sizeof(T));
-  return lanes;
+FFF_INLINE void load_block_first(const T* p, int64_t n, V* lanes) {
+  if (p && n >= kInt8Block) return load_block(p, lanes);
+  *lanes = V{};
+  if (p) memcpy(lanes, p, n * sizeof(T));
 }
 
 // What turns sums of products into values, for the columns of one block.
@@ -89,14 +87,17 @@ struct BlockScales {
   Ints sums;
   Floats scales, bias;
 
-  BlockScales(const int32_t* sum, const float* scale, const float* added, int64_t columns)
-      : sums(load_block_first<Ints>(sum, columns)),
-        scales(load_block_first<Floats>(scale, columns)),
-        bias(load_block_first<Floats>(added, columns)) {}
+  BlockScales(const int32_t* sum, const float* scale, const float* added, int64_t columns) {
+    load_block_first(sum, columns, &sums);
+    load_block_first(scale, columns, &scales);
+    load_block_first(added, columns, &bias);
+  }
 };
 // (dots - zero * sums) * scales * scale + bias
 FFF_INLINE void block_values(const BlockScales& b, const int32_t* dots, const RowScale& row, Floats* values) {
-  const Ints exact = load_block<Ints>(dots) - row.zero * b.sums;
+  Ints exact;
+  load_block(dots, &exact);
+  exact -= row.zero * b.sums;
   *values = __builtin_convertvector(exact, Floats) * b.scales * row.scale + b.bias;
 }
 

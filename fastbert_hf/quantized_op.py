@@ -7,8 +7,8 @@ rounded where. A backend computes the same sums of integers; two backends differ
 the logits and of the activation, which can move a quantised value by one step where it is close to halfway.
 
 Neither op has a gradient: forward runs where gradients are recorded, backward through it raises. PyTorch knows them
-as `fastbert::leaf_trees_int8_v1` and `fastbert::fff_int8_v1`. Source: leaf_op.py, fff_op.py; the quantisation is ours,
-with columns balanced between x and weights as in arXiv 2211.10438.
+as `fastbert::leaf_trees_int8_v1` and `fastbert::fff_int8_v1`. Source: leaf_op.py and fff_op.py; the quantisation is
+ours, with columns balanced between x and weights as in arXiv 2211.10438.
 """
 
 from collections.abc import Callable
@@ -75,8 +75,8 @@ def _leaf_fake(x, *arguments):
 _register(
     "leaf_trees_int8_v1",
     "(Tensor x, Tensor router, Tensor threshold, Tensor input_scale, Tensor weight_in, Tensor scale_in, "
-    "Tensor sum_in, Tensor? bias_in, Tensor weight_out, Tensor scale_out, Tensor sum_out, Tensor? bias_out, SymInt trees, "
-    "SymInt depth, str activation) -> (Tensor, Tensor, Tensor)",
+    "Tensor sum_in, Tensor? bias_in, Tensor weight_out, Tensor scale_out, Tensor sum_out, Tensor? bias_out, "
+    "SymInt trees, SymInt depth, str activation) -> (Tensor, Tensor, Tensor)",
     lambda *arguments: _leaf_backend(arguments).forward(*arguments),
     _leaf_fake,
 )

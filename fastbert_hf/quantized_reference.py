@@ -1,15 +1,15 @@
 # Copyright 2026 The FastBERT authors. Licensed under the MIT License.
 """Trees with int8 weights in plain PyTorch: the definition that every backend is tested against. For inference.
 
-Notation as in leaf_reference.py and fff_reference.py. Three things are quantised:
+Notation as in leaf_reference.py and fff_reference.py. Two things are quantised, by functions of quantized_weights.py:
 
 - Weights, once: int8 between -127 and 127 with one float32 scale for each row of a matrix, so that the row is
   scale * q. A leaf's W_in (w, H) has a scale for each neuron, its W_out, seen as (H_out, w), one for each output.
-- Rows of activations, when they arrive (`quantized_weights.quantize_rows`): uint8 with one scale and one zero point for each row.
-  Columns of x are multiplied by `input_scale` before that, and those of W_in divided by it when they are quantised,
-  so that a few large columns of x do not decide the scale of all.
-- Nothing else: routers, thresholds, decisions, the confidence, biases and activations are float32, whatever x is.
+- Rows of activations, when they arrive: uint8 with one scale and one zero point for each row. Columns of x are
+  multiplied by `input_scale` before that, and those of W_in divided by it when they are quantised, so that a few
+  large columns of x do not decide the scale of all.
 
+Routers, thresholds, decisions, the confidence, biases and activation functions are float32, whatever x is.
 Sums of products are exact integers below 2^31; what is between them is float32, rounded after each operation.
 """
 

@@ -28,6 +28,7 @@ from fastbert_hf.modeling_fastbert import (
     FastBertModel,
     FastBertPreTrainedModel,
 )
+from fastbert_hf.quantized_layer import QuantizedFastFeedForward, QuantizedLeafFeedForward
 
 crammed = published_layout  # its earlier name
 
@@ -57,6 +58,8 @@ __all__ = [
     "FastBertPreTrainedModel",
     "FastFeedForward",
     "LeafFeedForward",
+    "QuantizedFastFeedForward",
+    "QuantizedLeafFeedForward",
     "crammed",
     "fff",
     "leaf_trees",

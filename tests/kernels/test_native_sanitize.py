@@ -10,7 +10,7 @@ import pytest
 from fastbert_hf.kernels.native import build
 from tests.processes import CHILD_SECONDS
 
-DRIVER = Path(__file__).parent / "sanitize" / "driver.cpp"
+DRIVERS = sorted((Path(__file__).parent / "sanitize").glob("*.cpp"))
 FLAGS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 
@@ -29,9 +29,9 @@ def sanitizers_link() -> bool:
 def test_kernels_are_clean_under_sanitizers(tmp_path):
     compiler = build.find_compiler()
     objects, compilations = [], []
-    for source in (*build.SOURCES, DRIVER):
+    for source in (*build.SOURCES, *DRIVERS):
         objects.append(tmp_path / f"{source.stem}.o")
-        flags = FLAGS if source == DRIVER else [flag for flag in build.FLAGS if flag != "-O3"] + FLAGS
+        flags = FLAGS if source in DRIVERS else [flag for flag in build.FLAGS if flag != "-O3"] + FLAGS
         command = [*compiler, "-std=c++17", *flags, "-c", str(source), "-o", str(objects[-1])]
         compilations.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
     for process in compilations:

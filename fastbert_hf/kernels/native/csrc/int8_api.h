@@ -3,7 +3,7 @@
 
 namespace fff {
 
-#if defined(__x86_64__)
+#if defined(FFF_HAS_AVX512_VNNI)
 namespace avx512_vnni {
 extern const Int8Products products;
 }
@@ -15,7 +15,7 @@ namespace {
 constexpr int kInt8Speed = 4;
 
 bool has_vnni() {
-#if defined(__x86_64__)
+#if defined(FFF_HAS_AVX512_VNNI)
   return strncmp(chosen->name, "avx512", 6) == 0 && __builtin_cpu_supports("avx512vnni");
 #else
   return false;
@@ -23,7 +23,7 @@ bool has_vnni() {
 }
 
 Int8Products int8_products() {
-#if defined(__x86_64__)
+#if defined(FFF_HAS_AVX512_VNNI)
   if (has_vnni()) return avx512_vnni::products;
 #endif
   return chosen->int8.products;
@@ -46,17 +46,17 @@ FFF_API int fff_int8_forward(const void* x, const float* weight_in, const float*
     return fff::kNoData;
   shape.threads = fff::useful_threads(shape, shape.visits() * (in_width + out_width));
   fff::expect_writes(y, num_rows * out_width * (dtype == 0 ? 4 : 2));
-  return fff::chosen->int8.forward[dtype](
-      shape, {x, weight_in, bias_in, weight_out, scale_out, output_scale, y, visited});
+  return fff::chosen->int8.forward[dtype](shape,
+                                          {x, weight_in, bias_in, weight_out, scale_out, output_scale, y, visited});
 }
 
-FFF_API int fff_int8_leaf_forward(const void* x, const float* router, const float* threshold, const float* input_scale,
-                                  const int8_t* weight_in, const float* scale_in, const int32_t* sum_in,
-                                  const float* bias_in, const int8_t* weight_out, const float* scale_out,
-                                  const int32_t* sum_out, const float* bias_out, void* y, int32_t* leaves,
-                                  float* margins, int64_t num_rows, int64_t in_width, int64_t out_width,
-                                  int64_t trees, int64_t leaf_width, int depth, int activation, int dtype,
-                                  int threads) {
+FFF_API int fff_int8_leaf_forward(const void* x, const float* router, const float* threshold,
+                                  const float* input_scale, const int8_t* weight_in, const float* scale_in,
+                                  const int32_t* sum_in, const float* bias_in, const int8_t* weight_out,
+                                  const float* scale_out, const int32_t* sum_out, const float* bias_out, void* y,
+                                  int32_t* leaves, float* margins, int64_t num_rows, int64_t in_width,
+                                  int64_t out_width, int64_t trees, int64_t leaf_width, int depth, int activation,
+                                  int dtype, int threads) {
   fff::LeafShape shape = {num_rows, in_width, out_width, trees, leaf_width, depth, activation, threads};
   if (!fff::in_range(shape, dtype) || in_width > fff::kMaxInt8Width || leaf_width > fff::kMaxInt8Width)
     return fff::kBadArgument;

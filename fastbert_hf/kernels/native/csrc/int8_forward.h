@@ -106,7 +106,8 @@ static void int8_sum_task(const Int8Paths<E>& paths, const int32_t* rows, int64_
   int64_t filled = -1;  // the row whose path `weights` holds
   for (int64_t i = 0; i < count;) {
     int size = 1;
-    while (paths.shared() && size < kInt8SumRows && i + size < count && paths.same_path(rows[i], rows[i + size])) ++size;
+    while (paths.shared() && size < kInt8SumRows && i + size < count && paths.same_path(rows[i], rows[i + size]))
+      ++size;
     for (int t = 0; t < size; ++t) {
       p.coefficients[t] = paths.coefficients + rows[i + t] * visits;
       p.y[t] = (typename E::type*)paths.tensors->y + rows[i + t] * s.out_width;

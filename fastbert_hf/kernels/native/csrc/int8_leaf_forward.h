@@ -55,8 +55,8 @@ FFF_INLINE const int8_t* ahead(const int8_t* now, int64_t bytes, int64_t offset,
   return then ? then + (target - bytes) : nullptr;
 }
 
-// Neurons [begin, end) of one leaf for `count` rows, begin a multiple of 16: hidden[i * stride + k] = activation. Rows
-// of `hidden` have room for whole blocks.
+// Neurons [begin, end) of one leaf for `count` rows, begin a multiple of 16: hidden[i * stride + k] = activation.
+// Rows of `hidden` have room for whole blocks.
 static void int8_hidden(const Int8Chunk& chunk, const Int8Leaf& leaf, const uint8_t* const* q, const RowScale* scales,
                         int64_t count, int64_t begin, int64_t end, int32_t* dots, float* hidden, int64_t stride) {
   const LeafShape& s = *chunk.shape;

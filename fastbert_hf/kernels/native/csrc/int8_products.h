@@ -1,4 +1,5 @@
-// Products of rows of uint8 with packed int8 weights, for one instruction set: exact sums in int32.
+// Products of rows of uint8 with packed int8 weights, for one instruction set: exact sums in int32. AVX-512 without
+// VNNI takes those of AVX2.
 //
 // Pairs of products are never added in 16 bits: 2 * 255 * 127 does not fit.
 #pragma once
@@ -104,8 +105,8 @@ static __attribute__((noinline)) void int8_tile(const uint8_t* const* a, int64_t
   for (int t = 0; t < T; ++t) low[t] = high[t] = _mm256_setzero_si256();
   for (int64_t g = 0; g < groups; ++g) {
     const int8_t* from = b + g * 4 * width;
-    const __m256i w = rows == 8 ? _mm256_loadu_si256((const __m256i*)from)
-                                : _mm256_maskload_epi32((const int*)from, lanes);
+    const __m256i w =
+        rows == 8 ? _mm256_loadu_si256((const __m256i*)from) : _mm256_maskload_epi32((const int*)from, lanes);
     const __m256i w0 = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(w));
     const __m256i w1 = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(w, 1));
     if (next) __builtin_prefetch(next + g * 4 * width, 0, 2);
@@ -126,6 +127,7 @@ static __attribute__((noinline)) void int8_tile(const uint8_t* const* a, int64_t
 }
 
 constexpr int kInt8Rows = 4;
+constexpr const char* kInt8ProductsName = "avx2";
 
 static void int8_products(const Int8Product& p) {
   for (int64_t row = 0; row < p.rows; row += 8) {
@@ -150,6 +152,8 @@ static void int8_products(const Int8Product& p) {
 }
 
 #else
+
+constexpr const char* kInt8ProductsName = "generic";
 
 static void int8_products(const Int8Product& p) {
   for (int64_t row = 0; row < p.rows; row += kInt8Block) {

@@ -1,10 +1,10 @@
 // Products with int8 weights for x86-64 processors with AVX-512 VNNI; everything else is that of AVX-512.
-#if defined(__x86_64__)
+#include "common.h"
+
+#if defined(FFF_HAS_AVX512_VNNI)
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
-
-#include "common.h"
 
 // after the system's headers, so that none of their functions is compiled for this instruction set
 #if defined(__clang__)

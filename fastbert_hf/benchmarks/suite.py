@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForMaskedLM
 
-from fastbert_hf.benchmarks import gpu, layer, leaves, models
+from fastbert_hf.benchmarks import gpu, int8, layer, leaves, models
 from fastbert_hf.benchmarks.headline import format_headline
 from fastbert_hf.benchmarks.memory import MemoryRow, format_memory, memory_rows
 from fastbert_hf.benchmarks.plots import plot_serving, plot_speedup_against_depth, plot_time_per_token
@@ -208,6 +208,13 @@ def leaves_models_section(options: Options, ceilings: dict) -> Iterator[list[Row
             yield leaves.encoder_rows(batch, tokens, threads, rounds=3 if options.quick else 7)
 
 
+def int8_section(options: Options, ceilings: dict) -> Iterator[list[Row]]:
+    for threads in options.threads:
+        for form, hidden in (("leaves", 384), ("leaves", 768), ("nodes", 768)):
+            for tokens in (1, 128) if options.quick else (1, 2, 128, 2048, 16384):
+                yield int8.forward_rows(form, hidden, tokens, threads, rounds=options.rounds)
+
+
 SECTIONS: dict[str, Callable[[Options, dict], Iterator[list[Row]]]] = {
     "forward": forward_section,
     "bfloat16": bfloat16_section,
@@ -223,6 +230,7 @@ SECTIONS: dict[str, Callable[[Options, dict], Iterator[list[Row]]]] = {
     "leaves-bfloat16": leaves_bfloat16_section,
     "leaves-training": leaves_training_section,
     "leaves-models": leaves_models_section,
+    "int8": int8_section,
     "gpu": lambda options, ceilings: gpu.gpu_rows() if torch.cuda.is_available() else iter(()),
     "memory": lambda options, ceilings: iter(()),  # not times: see `run`
     "routing": lambda options, ceilings: iter(()),  # likewise

@@ -16,7 +16,7 @@ Sums of products are exact integers below 2^31; what is between them is float32,
 import torch
 from torch import Tensor
 
-from .fff_reference import ACTIVATIONS, gathered_dots, gathered_sum, nodes_per_tree, parameter_rows, step_down
+from .fff_reference import ACTIVATIONS, gathered_dots, gathered_sum, parameter_rows, step_down
 from .leaf_reference import RowsByLeaf, confidence_of, find_routes, leaves_per_tree, traceable_route
 from .quantized_weights import padded_columns, quantize_rows, unpack
 
@@ -255,8 +255,27 @@ def check_quantized_arguments(
     Raises:
         ValueError: names the argument, its value and what was expected.
     """
+    floats = (weight_in, bias_in, scale_out, output_scale)
+    nodes = trees * ((2 << depth) - 1) if depth >= 0 else 0
+    if (  # all is well, as in check_quantized_leaf_arguments
+        activation in ACTIVATIONS
+        and nodes > 0
+        and x.dim() == 2
+        and x.dtype in INPUT_DTYPES
+        and x.shape[1] > 0
+        and weight_in.shape == (nodes, x.shape[1])
+        and (bias_in is None or bias_in.shape == (nodes,))
+        and scale_out.shape == (nodes,)
+        and output_scale.dim() == 1
+        and (out_width := output_scale.shape[0]) > 0
+        and weight_out.shape == (nodes, out_width)
+        and weight_out.dtype == torch.int8
+        and weight_out.device == x.device
+        and all(t is None or (t.dtype == torch.float32 and t.device == x.device) for t in floats)
+    ):
+        return
     _check_call(x, trees, depth, activation)
-    nodes, out_width = trees * nodes_per_tree(depth), output_scale.numel()
+    out_width = output_scale.numel()
     if x.shape[1] == 0 or out_width == 0:
         raise ValueError(f"x is {x.shape[1]} wide and y is {out_width} wide; expected at least 1")
     _check_tensors(

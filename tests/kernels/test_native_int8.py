@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fastbert_hf.backends_fastbert import BACKENDS
 from fastbert_hf.kernels.native.library import load_library
 from fastbert_hf.quantized_layer import QuantizedLeafFeedForward
-from fastbert_hf.quantized_weights import pack
+from fastbert_hf.quantized_weights import pack, quantize_rows
 from tests.kernels.cases import ACTIVATIONS
 from tests.kernels.properties import BAD_VALUES, DRAWS, DTYPES, FUNCTIONS, embedded
 from tests.kernels.quantized_cases import backend_of, check, quantized_leaves, quantized_nodes
@@ -210,6 +210,17 @@ def test_rows_of_tiny_huge_and_no_values_match_reference(instruction_set):
     assert torch.equal(y.isnan(), expected.isnan())
     torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-6, equal_nan=True)
     assert torch.equal(y[0], y[1])  # zeros, and what counts as such
+
+
+@pytest.mark.parametrize("width", [2, 16, 37])
+def test_a_largest_value_that_rounds_past_255_becomes_255(instruction_set, width):
+    """With a scale of 1, -1.5 rounds to -2 and 253.5 to 254: 256 apart."""
+    layer, _ = quantized_leaves(1, width, 20, 1, 0, 9)
+    layer.input_scale.fill_(1)
+    x = torch.linspace(-1.5, 253.5, width).repeat(3, 1)
+    q, scale, zero = quantize_rows(x)
+    assert (scale == 1).all() and (zero == 2).all() and (q[:, -1] == 255).all()
+    check(layer, x)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 60])

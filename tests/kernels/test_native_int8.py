@@ -170,7 +170,7 @@ def test_instruction_sets_agree_to_the_last_bit_without_a_confidence(native_libr
     """relu and float rounding are alike everywhere, and sums of integers have no order."""
     layer, x = quantized_leaves(50, 65, 33, 1, 0, 37, "relu")
     before, results = native_library.fff_instruction_set(), []
-    for name in (b"avx512", b"avx2", b"generic"):
+    for name in (b"avx512_bf16", b"avx512", b"avx2", b"generic"):
         if native_library.fff_select_instruction_set(name):
             results.append(backend_of(layer).infer(x, *layer.op_arguments()))
     native_library.fff_select_instruction_set(before)

@@ -57,6 +57,7 @@ def _open_library() -> ctypes.CDLL:
     library.fff_int8_forward.restype = library.fff_int8_leaf_forward.restype = c_int
     library.fff_forward.restype = library.fff_backward.restype = c_int
     library.fff_forward_packed.argtypes = library.fff_leaf_forward_packed.argtypes = [c_char_p]
+    library.fff_int8_forward_packed.argtypes = library.fff_int8_leaf_forward_packed.argtypes = [c_char_p]
     library.fff_instruction_set.restype = c_char_p
     library.fff_int8_products.restype = c_char_p
     library.fff_threads_state.restype = c_int

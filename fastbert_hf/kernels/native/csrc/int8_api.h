@@ -75,3 +75,18 @@ FFF_API int fff_int8_leaf_forward(const void* x, const float* router, const floa
        bias_out, y, leaves, margins},
       fff::int8_products());
 }
+
+// Both with their arguments as one block of words, as fff_forward_packed.
+FFF_API int fff_int8_forward_packed(const int64_t* a) {
+  auto at = [a](int i) { return (void*)(intptr_t)a[i]; };
+  return fff_int8_forward(at(0), (float*)at(1), (float*)at(2), (int8_t*)at(3), (float*)at(4), (float*)at(5), at(6),
+                          (int32_t*)at(7), a[8], a[9], a[10], a[11], (int)a[12], (int)a[13], (int)a[14], (int)a[15]);
+}
+
+FFF_API int fff_int8_leaf_forward_packed(const int64_t* a) {
+  auto at = [a](int i) { return (void*)(intptr_t)a[i]; };
+  return fff_int8_leaf_forward(at(0), (float*)at(1), (float*)at(2), (float*)at(3), (int8_t*)at(4), (float*)at(5),
+                               (int32_t*)at(6), (float*)at(7), (int8_t*)at(8), (float*)at(9), (int32_t*)at(10),
+                               (float*)at(11), at(12), (int32_t*)at(13), (float*)at(14), a[15], a[16], a[17], a[18],
+                               a[19], (int)a[20], (int)a[21], (int)a[22], (int)a[23]);
+}

@@ -29,6 +29,7 @@ from fastbert_hf.modeling_fastbert import (
     FastBertPreTrainedModel,
 )
 from fastbert_hf.quantized_layer import QuantizedFastFeedForward, QuantizedLeafFeedForward
+from fastbert_hf.quantizer_fastbert import FastBertQuantizationConfig, prepare_for_inference
 
 crammed = published_layout  # its earlier name
 
@@ -56,6 +57,7 @@ __all__ = [
     "FastBertForTokenClassification",
     "FastBertModel",
     "FastBertPreTrainedModel",
+    "FastBertQuantizationConfig",
     "FastFeedForward",
     "LeafFeedForward",
     "QuantizedFastFeedForward",
@@ -63,5 +65,6 @@ __all__ = [
     "crammed",
     "fff",
     "leaf_trees",
+    "prepare_for_inference",
     "use_backend",
 ]

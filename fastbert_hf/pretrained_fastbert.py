@@ -10,7 +10,9 @@ from .checkpoint_fastbert import CheckpointMismatchError, check_named_files, mis
 from .configuration_fastbert import FastBertConfig
 from .encoder_fastbert import FastBertAttention, FastBertEmbeddings, FastBertLayer, sinusoidal_positions
 from .fff_layer import FastFeedForward
+from .inference_fastbert import check_plain, fuse_layers, replace_layers, warn_of_slow_parts
 from .leaf_layer import LeafFeedForward
+from .quantizer_fastbert import FastBertQuantizationConfig, FastBertQuantizer
 
 
 class FastBertPreTrainedModel(PreTrainedModel):
@@ -110,9 +112,62 @@ class FastBertPreTrainedModel(PreTrainedModel):
                 f'writes safetensors: python -c "{convert}", with the CLASS that config.json names in "architectures"'
             ) from error
 
+    def prepare_for_inference(self, dtype: str = "int8", linear_dtype: str | None = None):
+        """Make this model ready to serve from a CPU, in place; see the function in quantizer_fastbert.py."""
+        wanted = FastBertQuantizationConfig(dtype, linear_dtype)
+        if self.is_prepared:
+            found = self.hf_quantizer.quantization_config
+            if found.to_dict() != wanted.to_dict():
+                raise ValueError(
+                    f"the model is prepared for inference already, with {_described(found)}; to prepare it with "
+                    f"{_described(wanted)}, load the float model again"
+                )
+            return self
+        if "int8" in (wanted.dtype, wanted.linear_dtype) and self.device.type != "cpu":
+            raise ValueError(f"the model is on {self.device}; int8 weights are for the CPU")
+        check_plain(self.base_model)
+        self.float()
+        self.hf_quantizer = FastBertQuantizer(wanted, pre_quantized=False)
+        self.quantization_method = wanted.quant_method
+        self.hf_quantizer.postprocess_model(self)
+        return self
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the model is prepared for inference."""
+        return getattr(self, "hf_quantizer", None) is not None
+
+    def replace_layers_for_inference(self, wanted: FastBertQuantizationConfig, empty: bool = False) -> None:
+        """The first step of preparing, which from_pretrained takes too: `inference_fastbert.replace_layers`."""
+        replace_layers(self.base_model, wanted.dtype, wanted.linear_dtype, empty)
+
+    def fuse_layers_for_inference(self, quantizer: FastBertQuantizer) -> None:
+        """The last step, once the weights are there."""
+        wanted = quantizer.quantization_config
+        fuse_layers(self.base_model, wanted.dtype, wanted.linear_dtype)
+        warn_of_slow_parts(self.base_model, wanted.linear_dtype)
+        self.requires_grad_(False)
+        for model in (self, self.base_model):
+            model.hf_quantizer, model.is_quantized = quantizer, True
+        self.eval()
+
+    def train(self, mode: bool = True):
+        """As in PreTrainedModel.
+
+        Raises:
+            ValueError: the model is prepared for inference.
+        """
+        if mode and self.is_prepared:
+            raise ValueError("the model is prepared for inference and cannot be trained: load the float model again")
+        return super().train(mode)
+
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """As in PreTrainedModel; always the native layout, whatever layout the weights were loaded from."""
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+
+def _described(prepared: FastBertQuantizationConfig) -> str:
+    return f"dtype {prepared.dtype!r} and linear_dtype {prepared.linear_dtype!r}"
 
 
 __all__ = ["FastBertPreTrainedModel"]

@@ -12,9 +12,11 @@ LEVELS = [
     ("fff_reference", "leaf_reference", "quantized_weights", "quantized_reference", "kernels"),
     ("backends_fastbert", "dispatch_fastbert"),
     ("fff_op", "leaf_op", "quantized_op"),
-    ("fff_layer", "leaf_layer", "quantized_layer"),
+    ("fff_layer", "leaf_layer", "quantized_layer", "quantized_linear"),
     ("configuration_fastbert", "inputs_fastbert"),
     ("encoder_fastbert",),
+    ("inference_fastbert",),
+    ("quantizer_fastbert",),
     ("heads_fastbert",),
     ("checkpoint_fastbert",),
     ("pretrained_fastbert",),
@@ -42,6 +44,7 @@ BUNDLE = [
     "fff_op",
     "fff_reference",
     "heads_fastbert",
+    "inference_fastbert",
     "inputs_fastbert",
     "leaf_layer",
     "leaf_op",
@@ -49,9 +52,11 @@ BUNDLE = [
     "modeling_fastbert",
     "pretrained_fastbert",
     "quantized_layer",
+    "quantized_linear",
     "quantized_op",
     "quantized_reference",
     "quantized_weights",
+    "quantizer_fastbert",
 ]
 # a command line, not an import of the package: it lists what the op above it can choose from
 EXEMPT = {PACKAGE / "kernels" / "__main__.py"}

@@ -18,6 +18,7 @@ COMMANDS = {
     "distill compare": ("compare_distilled", "compare distilled models: quality beside speed"),
     "distill fit-layers": ("fit_layers", "fit trees to a dense layer of a trained model"),
     "look": ("look", "make a page that shows which way tokens take through a model's trees"),
+    "quantize": ("quantize", "prepare a model to be served from a CPU, with int8 or bfloat16 weights"),
     "push": ("push", "push a model folder to the Hub"),
     "pull": ("pull", "take a model from the Hub"),
     "benchmark": ("benchmark", "measure this machine"),

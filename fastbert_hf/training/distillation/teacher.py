@@ -70,8 +70,19 @@ def load_teacher(name: str) -> Teacher:
         name: folder or Hub name. A folder with modules.json is a model of sentence-transformers.
 
     Raises:
-        ValueError: no such model, a form of model or head that FastBERT does not have, feed-forward layers that are
-            not plain dense ones, no tokenizer.
+        ValueError: as `load_model`, and feed-forward layers that are not plain dense ones.
+        MissingExtraError: a sentence embedder, without sentence-transformers.
+    """
+    teacher = load_model(name)
+    dense_feed_forward(teacher.encoder)
+    return teacher
+
+
+def load_model(name: str) -> Teacher:
+    """As `load_teacher`, with feed-forward layers of any form.
+
+    Raises:
+        ValueError: no such model, a form of model or head that FastBERT does not have, no tokenizer.
         MissingExtraError: a sentence embedder, without sentence-transformers.
     """
     folder = model_folder(name)
@@ -87,7 +98,6 @@ def load_teacher(name: str) -> Teacher:
         model = found.from_pretrained(folder, config=config, dtype=torch.float32)  # weights may be stored in 16 bits
     except OSError as error:
         raise ValueError(f"no model can be loaded from {name!r}: {str(error).strip().splitlines()[0]}") from error
-    dense_feed_forward(encoder_of(model))
     tokenizer = load_tokenizer(folder)
     longest = min(config.longest_sequence, tokenizer.model_max_length)
     if not with_modules:

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import fastbert_hf
@@ -106,6 +114,31 @@ def test_every_form_loads_as_it_was_saved_and_can_be_prepared_while_loaded(form,
     loaded.save_pretrained(tmp_path / "loaded")
     for again in (loaded, *(AutoModel.from_pretrained(tmp_path / name) for name in ("prepared", "loaded"))):
         assert torch.equal(output(again, random_batch(3, 9)), expected)
+
+
+def test_an_encoder_is_taken_from_the_folder_of_a_prepared_head(tmp_path):
+    model = prepared(tiny_model(FastBertForSequenceClassification, **LEAVES), "int8")
+    model.save_pretrained(tmp_path)
+    encoder = FastBertModel.from_pretrained(tmp_path)
+    assert encoder.is_prepared
+    assert torch.equal(output(encoder, random_batch(3, 9)), output(model.fastbert, random_batch(3, 9)))
+
+
+@each_type
+def test_a_bert_is_prepared_while_it_is_loaded(types, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    bert = BertModel(BertConfig(vocab_size=64, max_position_embeddings=32, initializer_range=0.2, **sizes)).eval()
+    bert.save_pretrained(tmp_path / "bert")
+    wanted = FastBertQuantizationConfig(*TYPES[types])
+    model = FastBertModel.from_pretrained(tmp_path / "bert", quantization_config=wanted)
+    inputs = random_batch(3, 9)
+    inputs["input_ids"] = inputs["input_ids"] % 64
+    seen = inputs["attention_mask"].bool()
+    expected = output(bert, inputs)[seen]
+    assert (output(model, inputs)[seen] - expected).norm() <= ERROR[types] * expected.norm()
+    model.save_pretrained(tmp_path / "prepared")
+    assert torch.equal(output(AutoModel.from_pretrained(tmp_path / "prepared"), inputs), output(model, inputs))
 
 
 def test_layers_are_of_the_types_that_were_asked_for():

@@ -12,7 +12,7 @@ from .encoder_fastbert import FastBertAttention, FastBertEmbeddings, FastBertLay
 from .fff_layer import FastFeedForward
 from .inference_fastbert import check_plain, fuse_layers, replace_layers, warn_of_slow_parts
 from .leaf_layer import LeafFeedForward
-from .quantizer_fastbert import FastBertQuantizationConfig, FastBertQuantizer
+from .quantizer_fastbert import FastBertQuantizationConfig, FastBertQuantizer, check_prepared_as_wanted
 
 
 class FastBertPreTrainedModel(PreTrainedModel):
@@ -73,7 +73,8 @@ class FastBertPreTrainedModel(PreTrainedModel):
             CheckpointMismatchError: missing or unexpected tensors, by name; tensors of another shape, unless
                 `ignore_mismatched_sizes` asks for new ones in their place. It is a ValueError and, as
                 Transformers' own error for a wrong shape, a RuntimeError.
-            ValueError: an index of weight files that names something else than safetensors files beside it.
+            ValueError: an index of weight files that names something else than safetensors files beside it; a
+                `quantization_config` for a folder that was prepared in another way.
         """
         given = pretrained_model_name_or_path is None
         if given or kwargs.get("output_loading_info") or kwargs.get("key_mapping"):
@@ -99,10 +100,13 @@ class FastBertPreTrainedModel(PreTrainedModel):
         if kwargs.get("use_safetensors") is False:
             raise ValueError(f"use_safetensors is False; expected None or True. {reason}")
         kwargs["use_safetensors"] = True
+        wanted = kwargs.get("quantization_config")
         if pretrained_model_name_or_path is not None:
             check_named_files(pretrained_model_name_or_path, kwargs)
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            check_prepared_as_wanted(loaded[0] if isinstance(loaded, tuple) else loaded, wanted)
+            return loaded
         except OSError as error:
             if "no file named" not in str(error) and "be loaded with `safetensors`" not in str(error):
                 raise

@@ -108,6 +108,23 @@ def prepare_for_inference(model: nn.Module, dtype: str = "int8", linear_dtype: s
     return model.eval()
 
 
+def check_prepared_as_wanted(model: PreTrainedModel, wanted: QuantizationConfigMixin | dict | None) -> None:
+    """Check a loaded model against the `quantization_config` that `from_pretrained` was called with.
+
+    Transformers warns where a stored one differs, and takes the stored one.
+
+    Raises:
+        ValueError: the model was prepared in another way before it was saved.
+    """
+    wanted = wanted.to_dict() if isinstance(wanted, QuantizationConfigMixin) else wanted
+    if wanted is None or wanted.get("quant_method") != METHOD:
+        return
+    wanted = FastBertQuantizationConfig(**wanted).to_dict()
+    found = model.config.quantization_config.to_dict()
+    if found != wanted:
+        raise ValueError(f"the stored model is prepared for inference with {found}; expected {wanted}")
+
+
 if METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantization_config(METHOD)(FastBertQuantizationConfig)
     register_quantizer(METHOD)(FastBertQuantizer)

@@ -232,6 +232,15 @@ def test_preparing_again_does_nothing_and_in_another_type_is_an_error():
             prepare_for_inference(model, *types)
 
 
+def test_loading_a_prepared_folder_in_another_type_is_an_error(tmp_path):
+    prepared(tiny_model(FastBertModel, **LEAVES), "int8").save_pretrained(tmp_path)
+    same = FastBertModel.from_pretrained(tmp_path, quantization_config=FastBertQuantizationConfig("int8"))
+    assert same.is_prepared
+    for wanted in (FastBertQuantizationConfig("float32"), FastBertQuantizationConfig("int8", "bfloat16")):
+        with pytest.raises(ValueError, match="the stored model is prepared for inference with"):
+            FastBertModel.from_pretrained(tmp_path, quantization_config=wanted)
+
+
 def test_wrong_types_modules_and_adapters_are_errors():
     model = tiny_model(FastBertModel, **LEAVES)
     with pytest.raises(ValueError, match="dtype is 'int4'; expected one of 'float32', 'bfloat16', 'int8'"):

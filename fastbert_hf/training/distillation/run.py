@@ -46,7 +46,6 @@ from fastbert_hf.training.distillation.texts import (
     split_texts,
 )
 from fastbert_hf.training.distillation.trainer import DistillationTrainer
-from fastbert_hf.training.leaf_balance import add_balance, leaf_layers
 from fastbert_hf.training.provenance import PROVENANCE, Provenance
 from fastbert_hf.training.runs import check_options, disable_pin_memory_on_cpu, save_model
 from fastbert_hf.training.trainer_hooks import check_hooks
@@ -290,8 +289,6 @@ def _trainer(run: Run, student: Student) -> DistillationTrainer:
         eval_dataset=run.held_out,
         processing_class=run.teacher.tokenizer,
     )
-    if leaf_layers(student.model):
-        add_balance(trainer, options.balance_leaves)
     held_out = {f"{when}_{name}": f"held-out {words}" for when in ("fitted", "eval") for name, words in WORDS.items()}
     show_budget(trainer, WORDS | held_out)
     return trainer

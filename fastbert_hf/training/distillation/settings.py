@@ -78,7 +78,9 @@ class DistillationArguments:
     fit_steps: int = field(default=800, metadata={"help": "steps of each layer's fit; 0 leaves the start from data"})
     fit_rows_per_step: int = field(default=1024, metadata={"help": "tokens of each"})
     fit_learning_rate: float = field(default=1e-3, metadata={"help": "of each layer's fit"})
-    balance_leaves: float = field(default=0.5, metadata={"help": "rate at which thresholds follow medians; 0: never"})
+    balance_leaves: float = field(
+        default=0.5, metadata={"help": "rate at which thresholds follow medians while layers are fitted; 0: never"}
+    )
     teacher_dtype: str = field(
         default="auto",
         metadata={"help": "of the teacher's products in training: float32, bfloat16; auto: what is fast here"},

@@ -27,11 +27,12 @@ FILES = (
 RELATIVE_LINK = re.compile(r"\]\((?!https?://|#)")
 CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
 
-# in the environment with the wheel: no compiler, and both forms of trees equal to the reference
+# in the environment with the wheel: no compiler, and both forms of trees, also in int8, equal to the reference
 KERNELS = """
 import torch, fastbert_hf
 from fastbert_hf.kernels import BACKENDS_BY_OP
 from fastbert_hf.kernels.native import build
+from fastbert_hf.quantized_layer import QuantizedFastFeedForward, QuantizedLeafFeedForward
 
 try:
     raise SystemExit(f"a compiler was found: {build.find_compiler()}")
@@ -40,7 +41,8 @@ except build.BuildError:
 torch.manual_seed(0)
 x = torch.randn(64, 96)
 layers = fastbert_hf.FastFeedForward(96, 96, depth=5), fastbert_hf.LeafFeedForward(96, 96, depth=3, leaf_width=16)
-for layer in layers:
+quantized = zip((QuantizedFastFeedForward, QuantizedLeafFeedForward), layers)
+for layer in (*layers, *(kind.from_float(layer) for kind, layer in quantized)):
     results = []
     for backend in ("reference", "native"):
         with torch.no_grad(), fastbert_hf.use_backend(backend):

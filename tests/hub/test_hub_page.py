@@ -1,4 +1,4 @@
-"""README, "From the Hub": its commands, in their order, as they stand."""
+"""The commands of the page on the Hub, in their order, as they stand."""
 
 import re
 import shlex
@@ -12,29 +12,30 @@ from tests.hub.conftest import ROOT, hub_environment, published_files
 from tests.hub.loopback import YOU
 from tests.processes import CHILD_SECONDS
 
+SCRIPTS = {"pull": "pull_from_hub", "push": "push_to_hub"}  # they call what the commands call
+
 
 def commands() -> list[list[str]]:
-    section = (ROOT / "README.md").read_text().partition("## From the Hub\n")[2].partition("\n## ")[0]
-    (block,) = re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL)
+    page = (ROOT / "docs" / "hub.md").read_text()
+    (block,) = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
     return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_work_in_their_order(client, hub, tmp_path):
+def test_the_commands_of_the_page_work_in_their_order(client, hub, tmp_path):
     hub.add("pbelcak/UltraFastBERT-1x11-long", published_files())
     printed = []
     client.python(f"import os; os.chdir({str(tmp_path)!r})")
     try:
-        for python, script, *arguments in commands():
-            assert python == "python"
-            if script == "-c":
+        for program, name, *arguments in commands():
+            if (program, name) == ("python", "-c"):
                 (code,) = arguments
                 environment = hub_environment(hub.url, tmp_path / "home", YOU)
                 command = [sys.executable, "-c", f"{BLOCK_PACKAGE}\n{code}"]
                 subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=CHILD_SECONDS)
                 continue
-            name = re.fullmatch(r"scripts/(\w+)\.py", script)[1]
-            answer = client.script(name, *arguments, token=YOU)
+            assert program == "fastbert"
+            answer = client.script(SCRIPTS[name], *arguments, token=YOU)
             assert answer.code == 0, answer.err
             printed.append(answer.out)
     finally:

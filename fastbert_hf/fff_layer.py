@@ -1,6 +1,8 @@
 # Copyright 2026 The FastBERT authors. Licensed under the MIT License.
 """`FastFeedForward`: the FFF op with its parameters, a drop-in for a feed-forward block."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +57,12 @@ class TreeLayer(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.depth, self.trees, self.activation = depth, trees, activation
         self.initializer_range = initializer_range
+
+    def by_rows(self, op: Callable[..., Tensor], x: Tensor, arguments: tuple) -> Tensor:
+        """An op of rows, (N, H) -> (N, H_out), on x of any shape: (..., H) -> (..., H_out)."""
+        if x.dim() == 2:  # nothing to reshape: a microsecond each way counts at N = 1
+            return op(x, *arguments)
+        return op(x.reshape(-1, x.shape[-1]), *arguments).view(*x.shape[:-1], self.out_features)
 
 
 class FastFeedForward(TreeLayer):
@@ -113,10 +121,7 @@ class FastFeedForward(TreeLayer):
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) -> (..., H_out), dtype of x."""
         parameters = (self.weight_in, self.bias_in, self.weight_out, self.trees, self.depth, self.activation)
-        if x.dim() == 2:  # nothing to reshape: a microsecond each way counts at N = 1
-            return fff(x, *parameters)
-        y = fff(x.reshape(-1, x.shape[-1]), *parameters)  # (..., H) -> (N, H)
-        return y.view(*x.shape[:-1], self.out_features)
+        return self.by_rows(fff, x, parameters)
 
     @torch.no_grad()
     def route(self, x: Tensor) -> Tensor:

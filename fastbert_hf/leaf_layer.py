@@ -97,13 +97,14 @@ class LeafFeedForward(TreeLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) -> (..., H_out), dtype of x."""
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (..., H) -> (N, H)
-        if self.leaf_counts is not None and self.training:
-            y, leaves = torch.ops.fastbert.leaf_trees_v1(rows, *self.op_arguments())[:2]
-            self._count(leaves)
-        else:
-            y = leaf_trees(rows, *self.op_arguments())
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+        op = self._counted if self.leaf_counts is not None and self.training else leaf_trees
+        return self.by_rows(op, x, self.op_arguments())
+
+    def _counted(self, rows: Tensor, *arguments) -> Tensor:
+        """The op, which also counts the leaves that rows took."""
+        y, leaves = torch.ops.fastbert.leaf_trees_v1(rows, *arguments)[:2]
+        self._count(leaves)
+        return y
 
     @torch.no_grad()
     def _count(self, leaves: Tensor) -> None:

@@ -155,15 +155,7 @@ class QuantizedLeafFeedForward(QuantizedTreeLayer):
             parameter.copy_(values.get(name, getattr(self, name)))
         return layer.train(self.training)
 
-    @property
-    def neurons(self) -> int:
-        """Neurons held: P * m * w."""
-        return self.trees * leaves_per_tree(self.depth) * self.leaf_width
-
-    @property
-    def neurons_per_token(self) -> int:
-        """Neurons used by one row: P * w."""
-        return self.trees * self.leaf_width
+    neurons, neurons_per_token = LeafFeedForward.neurons, LeafFeedForward.neurons_per_token
 
     def op_arguments(self) -> tuple:
         """The op's arguments after x."""
@@ -186,9 +178,7 @@ class QuantizedLeafFeedForward(QuantizedTreeLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) -> (..., H_out), dtype of x. Not differentiable: backward through it raises."""
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (..., H) -> (N, H)
-        y = leaf_trees_int8(rows, *self.op_arguments())
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+        return self.by_rows(leaf_trees_int8, x, self.op_arguments())
 
     @torch.no_grad()
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,11 +189,7 @@ class QuantizedLeafFeedForward(QuantizedTreeLayer):
         return leaves.view(shape).long(), confidence_of(margins).view(shape)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_features}, {self.out_features}, depth={self.depth}, leaf_width={self.leaf_width}, "
-            f"trees={self.trees}, activation={self.activation!r}, bias={self.bias_in is not None}, "
-            f"neurons_per_token={self.neurons_per_token} of {self.neurons}, weights=int8"
-        )
+        return f"{LeafFeedForward.extra_repr(self)}, weights=int8"
 
 
 class QuantizedFastFeedForward(QuantizedTreeLayer):
@@ -282,15 +268,7 @@ class QuantizedFastFeedForward(QuantizedTreeLayer):
             layer.bias_in.copy_(self.bias_in)
         return layer.train(self.training)
 
-    @property
-    def neurons(self) -> int:
-        """Neurons held: P * n."""
-        return self.trees * nodes_per_tree(self.depth)
-
-    @property
-    def neurons_per_token(self) -> int:
-        """Neurons used by one row: P * (D + 1)."""
-        return self.trees * (self.depth + 1)
+    neurons, neurons_per_token = FastFeedForward.neurons, FastFeedForward.neurons_per_token
 
     def op_arguments(self) -> tuple:
         """The op's arguments after x."""
@@ -307,9 +285,7 @@ class QuantizedFastFeedForward(QuantizedTreeLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) -> (..., H_out), dtype of x. Not differentiable: backward through it raises."""
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (..., H) -> (N, H)
-        y = fff_int8(rows, *self.op_arguments())
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+        return self.by_rows(fff_int8, x, self.op_arguments())
 
     @torch.no_grad()
     def route(self, x: Tensor) -> Tensor:
@@ -319,8 +295,4 @@ class QuantizedFastFeedForward(QuantizedTreeLayer):
         return visited.view(*x.shape[:-1], self.trees, self.depth + 1).long()
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_features}, {self.out_features}, depth={self.depth}, trees={self.trees}, "
-            f"activation={self.activation!r}, bias={self.bias_in is not None}, "
-            f"neurons_per_token={self.neurons_per_token} of {self.neurons}, weight_out=int8"
-        )
+        return f"{FastFeedForward.extra_repr(self)}, weight_out=int8"

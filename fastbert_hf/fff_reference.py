@@ -169,6 +169,23 @@ def gathered_sum(coefficients: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
     return F.embedding_bag(rows, weight, per_sample_weights=coefficients, mode="sum")
 
 
+def walk(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, trees: int, depth: int) -> tuple[Tensor, Tensor]:
+    """The nodes that every row visits in every tree, and their logits: as `fff_forward` returns them."""
+    num_rows = x.shape[0]
+    visited = x.new_zeros(num_rows, trees, depth + 1, dtype=torch.int32)
+    logits = x.new_zeros(num_rows, trees, depth + 1, dtype=accumulation_dtype(x.dtype))
+    nodes = visited[..., 0]  # (N, P)
+    for level in range(depth + 1):
+        rows = parameter_rows(nodes.unsqueeze(-1), depth).squeeze(-1)  # (N, P)
+        level_logits = gathered_dots(x, weight_in, rows)
+        if bias_in is not None:
+            level_logits = level_logits + bias_in[rows]
+        visited[..., level] = nodes
+        logits[..., level] = level_logits
+        nodes = step_down(nodes, level_logits)
+    return visited, logits
+
+
 def fff_forward(
     x: Tensor,
     weight_in: Tensor,
@@ -190,18 +207,7 @@ def fff_forward(
         ValueError: as `check_arguments`.
     """
     check_arguments(x, weight_in, bias_in, weight_out, trees, depth, activation)
-    num_rows = x.shape[0]
-    visited = x.new_zeros(num_rows, trees, depth + 1, dtype=torch.int32)
-    logits = x.new_zeros(num_rows, trees, depth + 1, dtype=accumulation_dtype(x.dtype))
-    nodes = visited[..., 0]  # (N, P)
-    for level in range(depth + 1):
-        rows = parameter_rows(nodes.unsqueeze(-1), depth).squeeze(-1)  # (N, P)
-        level_logits = gathered_dots(x, weight_in, rows)
-        if bias_in is not None:
-            level_logits = level_logits + bias_in[rows]
-        visited[..., level] = nodes
-        logits[..., level] = level_logits
-        nodes = step_down(nodes, level_logits)
+    visited, logits = walk(x, weight_in, bias_in, trees, depth)
     rows = parameter_rows(visited, depth).flatten(1)  # (N, P, D+1) -> (N, K)
     y = gathered_sum(ACTIVATIONS[activation](logits).flatten(1), weight_out, rows)
     return y.to(x.dtype), visited, logits

@@ -16,7 +16,7 @@ Sums of products are exact integers below 2^31; what is between them is float32,
 import torch
 from torch import Tensor
 
-from .fff_reference import ACTIVATIONS, gathered_dots, gathered_sum, parameter_rows, step_down
+from .fff_reference import ACTIVATIONS, gathered_sum, parameter_rows, step_down, walk
 from .leaf_reference import RowsByLeaf, confidence_of, find_routes, leaves_per_tree, traceable_route
 from .quantized_weights import padded_columns, quantize_rows, unpack
 
@@ -314,25 +314,11 @@ def fff_int8_forward(
     check_quantized_arguments(
         x, weight_in, bias_in, weight_out, scale_out, output_scale, trees, depth, activation
     )  # fmt: skip
-    visited, logits = _walk(x.float(), weight_in, bias_in, trees, depth)
+    visited, logits = walk(x.float(), weight_in, bias_in, trees, depth)
     rows = parameter_rows(visited, depth).flatten(1)  # (N, P, D+1) -> (N, K)
     coefficients = ACTIVATIONS[activation](logits.flatten(1)) * scale_out[rows]
     y = gathered_sum(coefficients, weight_out, rows) * output_scale
     return y.to(x.dtype), visited
-
-
-def _walk(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, trees: int, depth: int) -> tuple[Tensor, Tensor]:
-    """Visited nodes (N, P, D+1) int32 and their logits, as `fff_reference.fff_forward` finds them."""
-    nodes = torch.zeros(x.shape[0], trees, dtype=torch.int32, device=x.device)
-    visited, logits = [], []
-    for _ in range(depth + 1):
-        rows = parameter_rows(nodes.unsqueeze(-1), depth).squeeze(-1)  # (N, P)
-        visited.append(nodes)
-        logits.append(gathered_dots(x, weight_in, rows))
-        if bias_in is not None:
-            logits[-1] = logits[-1] + bias_in[rows]
-        nodes = step_down(nodes, logits[-1])
-    return torch.stack(visited, -1), torch.stack(logits, -1)
 
 
 def fff_int8_traceable(

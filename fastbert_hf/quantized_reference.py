@@ -13,6 +13,8 @@ Routers, thresholds, decisions, the confidence, biases and activation functions 
 Sums of products are exact integers below 2^31; what is between them is float32, rounded after each operation.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -141,6 +143,36 @@ def _check_tensors(device: torch.device, **expected: tuple[Tensor | None, torch.
             raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; expected {dtype} on {device}, where x is")
 
 
+def _leaf_outputs(
+    q: Tensor,
+    scale: Tensor,
+    leaf: Tensor,
+    parameters: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    activation: str,
+    products: Callable[[Tensor, Tensor], Tensor],
+    weight_in: Tensor,
+    weight_out: Tensor,
+) -> Tensor:
+    """What leaves say to quantised rows, before the confidence: q (N, H) without its zero point -> (N, H_out).
+
+    Args:
+        scale: (N, 1). leaf: (N,), the leaf of each row. parameters: scale_in (P*m, w), bias_in, scale_out, bias_out.
+        products: of rows in float64, exact, with the weights of each row's leaf in `weight_in` or `weight_out`.
+    """
+    scale_in, bias_in, scale_out, bias_out = parameters
+    logits = products(q.double(), weight_in).float() * scale_in[leaf] * scale
+    if bias_in is not None:
+        logits = logits + bias_in.view_as(scale_in)[leaf]
+    hidden, hidden_scale, hidden_zero = quantize_rows(ACTIVATIONS[activation](logits))
+    out = products((hidden - hidden_zero).double(), weight_out).float() * scale_out[leaf] * hidden_scale
+    return out if bias_out is None else out + bias_out[leaf]
+
+
+def _own_products(rows: Tensor, weights: Tensor) -> Tensor:
+    """Products of each row (N, K) with a matrix of its own (N, M, K): (N, M)."""
+    return (weights @ rows.unsqueeze(-1)).squeeze(-1)
+
+
 def leaf_trees_int8_forward(
     x: Tensor,
     router: Tensor,
@@ -187,15 +219,10 @@ def leaf_trees_int8_forward(
     for tree in range(trees):
         rows = RowsByLeaf(leaves[:, tree], num_leaves)
         leaf = rows.leaf + tree * num_leaves
-        dots = rows.products((q - zero)[rows.order].double(), weight_in[tree])  # exact
-        logits = dots.float() * scale_in.view(-1, width)[leaf] * scale[rows.order]
-        if bias_in is not None:
-            logits = logits + bias_in.view(-1, width)[leaf]
-        hidden, hidden_scale, hidden_zero = quantize_rows(ACTIVATIONS[activation](logits))
-        dots = rows.products((hidden - hidden_zero).double(), weight_out[tree])
-        out = dots.float() * scale_out[leaf] * hidden_scale
-        if bias_out is not None:
-            out = out + bias_out[leaf]
+        out = _leaf_outputs(
+            (q - zero)[rows.order], scale[rows.order], leaf, (scale_in.view(-1, width), bias_in, scale_out, bias_out),
+            activation, rows.products, weight_in[tree], weight_out[tree],
+        )  # fmt: skip
         y[rows.order] += confidence[rows.order, tree].unsqueeze(1) * out
     return y.to(x.dtype), leaves, margins
 
@@ -223,15 +250,12 @@ def leaf_trees_int8_traceable(
     y = torch.zeros(x.shape[0], out_width, dtype=torch.float32, device=x.device)
     for tree in range(trees):
         leaf, c = traceable_route(x.float(), router, threshold, tree, depth)
-        dots = unpack(weight_in[leaf], width, x.shape[1]).double() @ (q - zero).double().unsqueeze(-1)  # (N, w, 1)
-        logits = dots.squeeze(-1).float() * scale_in.view(-1, width)[leaf] * scale
-        if bias_in is not None:
-            logits = logits + bias_in.view(-1, width)[leaf]
-        hidden, hidden_scale, hidden_zero = quantize_rows(ACTIVATIONS[activation](logits))
-        dots = unpack(weight_out[leaf], out_width, width).double() @ (hidden - hidden_zero).double().unsqueeze(-1)
-        out = dots.squeeze(-1).float() * scale_out[leaf] * hidden_scale
-        if bias_out is not None:
-            out = out + bias_out[leaf]
+        own_in = unpack(weight_in[leaf], width, x.shape[1]).double()  # (N, w, H), of each row's leaf
+        own_out = unpack(weight_out[leaf], out_width, width).double()  # (N, H_out, w)
+        out = _leaf_outputs(
+            q - zero, scale, leaf, (scale_in.view(-1, width), bias_in, scale_out, bias_out), activation,
+            _own_products, own_in, own_out,
+        )  # fmt: skip
         y = y + c.unsqueeze(1) * out
     return y.to(x.dtype)
 

@@ -19,6 +19,29 @@ TORCH_ACTIVATIONS = {
 }
 ACTIVATIONS = tuple(TORCH_ACTIVATIONS)
 
+# rows, width, out_width, trees, depth, leaf width: empty, single, odd widths, all depths, leaves narrower and wider
+# than a register tile and than a pass over rows of weights (48), rows wider than a pass over columns (448), widths
+# that are no multiple of a group of int8 products (4), a block (16) or a panel (48), more rows at a leaf than a tile
+# (8) or a task (64) takes, many trees
+LEAF_SHAPES = [
+    (0, 8, 8, 1, 2, 3),
+    (1, 768, 768, 1, 2, 96),
+    (1, 33, 31, 1, 12, 1),
+    (2, 16, 16, 2, 3, 7),
+    (2, 1, 1, 1, 0, 1),
+    (3, 1, 1, 1, 1, 192),
+    (4, 33, 31, 1, 12, 1),
+    (5, 7, 9, 64, 1, 7),
+    (9, 65, 33, 2, 7, 1),
+    (40, 130, 257, 2, 2, 7),
+    (70, 24, 17, 40, 0, 1),
+    (90, 500, 470, 1, 1, 13),
+    (200, 31, 65, 1, 1, 96),
+    (60, 17, 40, 1, 8, 7),
+    (400, 17, 40, 2, 4, 1),
+    (40, 24, 48, 2, 1, 192),
+]
+
 
 @dataclass
 class Problem:

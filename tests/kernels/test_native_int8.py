@@ -12,30 +12,11 @@ from fastbert_hf.backends_fastbert import BACKENDS
 from fastbert_hf.kernels.native.library import load_library
 from fastbert_hf.quantized_layer import QuantizedLeafFeedForward
 from fastbert_hf.quantized_weights import pack, quantize_rows
-from tests.kernels.cases import ACTIVATIONS
+from tests.kernels.cases import ACTIVATIONS, LEAF_SHAPES
+from tests.kernels.forks import check_fork
 from tests.kernels.properties import BAD_VALUES, DRAWS, DTYPES, FUNCTIONS, embedded
 from tests.kernels.quantized_cases import backend_of, check, quantized_leaves, quantized_nodes
 
-# rows, width, out_width, trees, depth, leaf width: empty, single, all depths, widths that are no multiple of a group
-# (4), a block (16) or a panel (48), more rows at a leaf than a tile (8) or a task (64) takes, many trees
-LEAF_SHAPES = [
-    (0, 8, 8, 1, 2, 3),
-    (1, 384, 384, 1, 2, 96),
-    (1, 33, 31, 1, 12, 1),
-    (2, 16, 16, 2, 3, 7),
-    (2, 1, 1, 1, 0, 1),
-    (3, 1, 1, 1, 1, 192),
-    (4, 33, 31, 1, 12, 1),
-    (5, 7, 9, 64, 1, 7),
-    (9, 65, 33, 2, 7, 1),
-    (40, 130, 257, 2, 2, 7),
-    (70, 24, 17, 40, 0, 1),
-    (90, 190, 170, 1, 1, 13),
-    (200, 31, 65, 1, 1, 96),
-    (60, 17, 40, 1, 8, 7),
-    (400, 17, 40, 2, 4, 1),
-    (40, 24, 48, 2, 1, 192),
-]
 NODE_SHAPES = [
     (0, 8, 8, 1, 2),
     (1, 33, 31, 1, 11),
@@ -314,24 +295,7 @@ def test_python_threads_do_not_disturb_each_other(make, sizes):
 def test_a_forked_child_computes_the_same(make, sizes):
     """The parent has used its OpenMP threads; the child does not have them, and must not wait for them."""
     layer, x = make(600, 40, 40, *sizes)  # small enough for torch's own functions to stay on one thread
-    expected = backend_of(layer).infer(x, *layer.op_arguments())
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            status = 0 if torch.equal(backend_of(layer).infer(x, *layer.op_arguments()), expected) else 2
-        finally:
-            os._exit(status)
-    for _ in range(600):
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            break
-        threading.Event().wait(0.05)
-    else:
-        os.kill(child, 9)
-        os.waitpid(child, 0)
-        raise AssertionError("the forked child hangs")
-    assert os.waitstatus_to_exitcode(status) == 0
+    check_fork(lambda: [backend_of(layer).infer(x, *layer.op_arguments())])
 
 
 # ---- what is refused ----

@@ -11,30 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastbert_hf.backends_fastbert import BACKENDS
-from tests.kernels.cases import ACTIVATIONS, TORCH_ACTIVATIONS, check, make_leaf_problem
+from tests.kernels.cases import ACTIVATIONS, LEAF_SHAPES, TORCH_ACTIVATIONS, check, make_leaf_problem
 from tests.kernels.properties import DRAWS, DTYPES, FUNCTIONS, LAYOUTS, check_layout_and_bad_rows
-
-# rows, width, out_width, trees, depth, leaf width: empty, single, odd widths, all depths, leaves narrower and wider
-# than a register tile and than a pass over rows of weights (48), rows wider than a pass over columns (448), more rows
-# at a leaf than a task takes (64), many trees
-SHAPES = [
-    (0, 8, 8, 1, 2, 3),
-    (1, 768, 768, 1, 2, 96),
-    (1, 33, 31, 1, 12, 1),
-    (2, 16, 16, 2, 3, 7),
-    (2, 1, 1, 1, 0, 1),
-    (3, 1, 1, 1, 1, 192),
-    (4, 33, 31, 1, 12, 1),
-    (5, 7, 9, 64, 1, 7),
-    (9, 65, 33, 2, 7, 1),
-    (40, 130, 257, 2, 2, 7),
-    (70, 24, 17, 40, 0, 1),
-    (90, 500, 470, 1, 1, 13),
-    (200, 31, 65, 1, 1, 96),
-    (60, 17, 40, 1, 8, 7),
-    (400, 17, 40, 2, 4, 1),
-    (40, 24, 48, 2, 1, 192),
-]
 
 
 @pytest.fixture
@@ -50,7 +28,7 @@ def native_leaves_backend(native_library):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", LEAF_SHAPES, ids=str)
 def test_matches_reference_on_every_instruction_set(native_leaves, instruction_set, shape, dtype):
     check(native_leaves, make_leaf_problem(*shape, dtype=dtype))
 

@@ -11,6 +11,7 @@ from fastbert_hf.backends_fastbert import BACKENDS, backend_for, use_backend
 from fastbert_hf.kernels.native import build, library
 from tests.forms import FORMS, LEAVES, NODES
 from tests.kernels.cases import check, make_leaf_problem, make_problem
+from tests.kernels.forks import check_fork
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -107,25 +108,7 @@ def test_python_threads_do_not_disturb_each_other(backend, form):
 def test_a_forked_child_computes_the_same(backend, form):
     """The parent has used its OpenMP threads; the child does not have them, and must not wait for them."""
     problem = make(form, 600, 40, 40, 1, 6)
-    expected = problem.results(backend)
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            results = problem.results(backend)
-            status = 0 if all(torch.equal(a, b) for a, b in zip(results, expected)) else 2
-        finally:
-            os._exit(status)
-    for _ in range(600):
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            break
-        threading.Event().wait(0.05)
-    else:
-        os.kill(child, 9)
-        os.waitpid(child, 0)
-        raise AssertionError("the forked child hangs")
-    assert os.waitstatus_to_exitcode(status) == 0
+    check_fork(lambda: problem.results(backend))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

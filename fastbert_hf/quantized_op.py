@@ -19,6 +19,7 @@ from torch import Tensor
 from .backends_fastbert import PlainBackend, backend_for, register_backends
 from .dispatch_fastbert import is_exporting, refuse_forward_mode, runs_directly
 from .quantized_reference import (
+    QuantizedLeafCall,
     check_quantized_arguments,
     check_quantized_leaf_arguments,
     fff_int8_forward,
@@ -31,7 +32,8 @@ from .quantized_reference import (
 class QuantizedLeafReferenceBackend(PlainBackend):
     """`quantized_reference.leaf_trees_int8_forward`."""
 
-    forward = staticmethod(leaf_trees_int8_forward)
+    def forward(self, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+        return leaf_trees_int8_forward(QuantizedLeafCall(*arguments))
 
 
 class QuantizedReferenceBackend(PlainBackend):
@@ -57,16 +59,16 @@ def _register(name: str, schema: str, forward: Callable, fake: Callable) -> None
     registered.register_autograd(backward, setup_context=lambda ctx, inputs, output: None)
 
 
-def _leaf_backend(arguments: tuple):
-    x, weight_in, weight_out = arguments[0], arguments[4], arguments[8]
-    return backend_for("leaf_trees_int8", x, weight_in, weight_out, *arguments[-3:])
+def _leaf_backend(call: QuantizedLeafCall):
+    return backend_for("leaf_trees_int8", call.x, call.weight_in, call.weight_out, *call[-3:])
 
 
-def _leaf_fake(x, *arguments):
-    check_quantized_leaf_arguments(x, *arguments)
-    routes = (x.shape[0], arguments[-3])
+def _leaf_fake(*arguments):
+    call = QuantizedLeafCall(*arguments)
+    check_quantized_leaf_arguments(call)
+    x, routes = call.x, (call.x.shape[0], call.trees)
     return (
-        x.new_empty(x.shape[0], arguments[8].shape[1]),
+        x.new_empty(x.shape[0], call.scale_out.shape[1]),
         x.new_empty(routes, dtype=torch.int32),
         x.new_empty(routes, dtype=torch.float32),
     )
@@ -77,51 +79,28 @@ _register(
     "(Tensor x, Tensor router, Tensor threshold, Tensor input_scale, Tensor weight_in, Tensor scale_in, "
     "Tensor sum_in, Tensor? bias_in, Tensor weight_out, Tensor scale_out, Tensor sum_out, Tensor? bias_out, "
     "SymInt trees, SymInt depth, str activation) -> (Tensor, Tensor, Tensor)",
-    lambda *arguments: _leaf_backend(arguments).forward(*arguments),
+    lambda *arguments: _leaf_backend(QuantizedLeafCall(*arguments)).forward(*arguments),
     _leaf_fake,
 )
 
 
-def leaf_trees_int8(
-    x: Tensor,
-    router: Tensor,
-    threshold: Tensor,
-    input_scale: Tensor,
-    weight_in: Tensor,
-    scale_in: Tensor,
-    sum_in: Tensor,
-    bias_in: Tensor | None,
-    weight_out: Tensor,
-    scale_out: Tensor,
-    sum_out: Tensor,
-    bias_out: Tensor | None,
-    trees: int,
-    depth: int,
-    activation: str = "gelu",
-) -> Tensor:
-    """Leaf trees with int8 weights; see `quantized_reference.leaf_trees_int8_forward` for all shapes and dtypes.
+def leaf_trees_int8(*arguments, **named) -> Tensor:
+    """Leaf trees with int8 weights; its arguments are those of `quantized_reference.QuantizedLeafCall`.
 
-    Args:
-        x: (N, H) float32, bfloat16 or float16. The parameters are int8, int32 and float32, whatever x is.
-        trees, depth: P >= 1 and D >= 0. The leaf width w follows from scale_in.
-        activation: "gelu" (exact), "gelu_tanh", "relu" or "silu".
     Returns:
         y (N, H_out) in the dtype of x. Not differentiable.
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown activation, or a chosen backend that
             declines.
     """
-    parameters = (
-        router, threshold, input_scale, weight_in, scale_in, sum_in, bias_in, weight_out, scale_out, sum_out, bias_out
-    )  # fmt: skip
+    call = QuantizedLeafCall(*arguments, **named)
     if is_exporting():
-        check_quantized_leaf_arguments(x, *parameters, trees, depth, activation)
-        return leaf_trees_int8_traceable(x, *parameters, trees, depth, activation)
+        check_quantized_leaf_arguments(call)
+        return leaf_trees_int8_traceable(call)
     refuse_forward_mode("leaf_trees_int8")
-    if runs_directly(x, *parameters):
-        backend = backend_for("leaf_trees_int8", x, weight_in, weight_out, trees, depth, activation)
-        return backend.infer(x, *parameters, trees, depth, activation)
-    return torch.ops.fastbert.leaf_trees_int8_v1(x, *parameters, trees, depth, activation)[0]
+    if runs_directly(*call[:-3]):
+        return _leaf_backend(call).infer(*call)
+    return torch.ops.fastbert.leaf_trees_int8_v1(*call)[0]
 
 
 def _fff_backend(arguments: tuple):

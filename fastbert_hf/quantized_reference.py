@@ -14,6 +14,7 @@ Sums of products are exact integers below 2^31; what is between them is float32,
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,29 +30,47 @@ INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # ---- leaf trees ----
 
 
-def check_quantized_leaf_arguments(
-    x: Tensor,
-    router: Tensor,
-    threshold: Tensor,
-    input_scale: Tensor,
-    weight_in: Tensor,
-    scale_in: Tensor,
-    sum_in: Tensor,
-    bias_in: Tensor | None,
-    weight_out: Tensor,
-    scale_out: Tensor,
-    sum_out: Tensor,
-    bias_out: Tensor | None,
-    trees: int,
-    depth: int,
-    activation: str,
-) -> int:
+class QuantizedLeafCall(NamedTuple):
+    """The arguments of `leaf_trees_int8`. P trees of depth D have r = 2^D - 1 routers and m = 2^D leaves each.
+
+    Attributes:
+        x: (N, H) float32, bfloat16 or float16. router (P*r, H), threshold (P*r,), input_scale (H,): float32.
+        weight_in: (P*m, w * padded H) int8, each leaf's (w, H) packed; scale_in (P*m*w,) float32.
+        weight_out: (P*m, H_out * padded w) int8, each leaf's (H_out, w) packed; scale_out (P*m, H_out) float32.
+        sum_in (P*m*w,) and sum_out (P*m, H_out): int32, the sums of the rows of q, for backends that sum
+            q * q' - zero * q' in two parts.
+        bias_in (P*m*w,), bias_out (P*m, H_out): float32 or None.
+        trees, depth: P >= 1 and D >= 0. activation: a key of `ACTIVATIONS`.
+    """
+
+    x: Tensor
+    router: Tensor
+    threshold: Tensor
+    input_scale: Tensor
+    weight_in: Tensor
+    scale_in: Tensor
+    sum_in: Tensor
+    bias_in: Tensor | None
+    weight_out: Tensor
+    scale_out: Tensor
+    sum_out: Tensor
+    bias_out: Tensor | None
+    trees: int
+    depth: int
+    activation: str = "gelu"
+
+
+def check_quantized_leaf_arguments(call: QuantizedLeafCall) -> int:
     """Check the arguments of the op; every backend does so before it computes.
 
     Returns: the leaf width w.
     Raises:
         ValueError: names the argument, its value and what was expected.
     """
+    (
+        x, router, threshold, input_scale, weight_in, scale_in, sum_in, bias_in,
+        weight_out, scale_out, sum_out, bias_out, trees, depth, activation,
+    ) = call  # fmt: skip
     floats = (router, threshold, input_scale, scale_in, bias_in, scale_out, bias_out)
     if (  # all is well: the rest only finds the words, which would take longer than a kernel at N = 1
         activation in ACTIVATIONS
@@ -82,17 +101,15 @@ def check_quantized_leaf_arguments(
         and all(t is None or t.device == x.device for t in (*floats, weight_in, sum_in, weight_out, sum_out))
     ):
         return leaf_width
-    return _explain_leaf_arguments(
-        x, router, threshold, input_scale, weight_in, scale_in, sum_in, bias_in, weight_out, scale_out, sum_out,
-        bias_out, trees, depth, activation,
-    )  # fmt: skip
+    return _explain_leaf_arguments(call)
 
 
-def _explain_leaf_arguments(
-    x, router, threshold, input_scale, weight_in, scale_in, sum_in, bias_in, weight_out, scale_out, sum_out, bias_out,
-    trees: int, depth: int, activation: str,
-) -> int:  # fmt: skip
+def _explain_leaf_arguments(call: QuantizedLeafCall) -> int:
     """The checks of `check_quantized_leaf_arguments`, one by one, for their messages."""
+    (
+        x, router, threshold, input_scale, weight_in, scale_in, sum_in, bias_in,
+        weight_out, scale_out, sum_out, bias_out, trees, depth, activation,
+    ) = call  # fmt: skip
     _check_call(x, trees, depth, activation)
     leaves, width = trees * leaves_per_tree(depth), x.shape[1]
     neurons = scale_in.numel()
@@ -173,42 +190,17 @@ def _own_products(rows: Tensor, weights: Tensor) -> Tensor:
     return (weights @ rows.unsqueeze(-1)).squeeze(-1)
 
 
-def leaf_trees_int8_forward(
-    x: Tensor,
-    router: Tensor,
-    threshold: Tensor,
-    input_scale: Tensor,
-    weight_in: Tensor,
-    scale_in: Tensor,
-    sum_in: Tensor,
-    bias_in: Tensor | None,
-    weight_out: Tensor,
-    scale_out: Tensor,
-    sum_out: Tensor,
-    bias_out: Tensor | None,
-    trees: int,
-    depth: int,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def leaf_trees_int8_forward(call: QuantizedLeafCall) -> tuple[Tensor, Tensor, Tensor]:
     """Route every row to one leaf of every tree and sum what the leaves say, scaled by the confidence.
 
-    Args:
-        x: (N, H) float32, bfloat16 or float16. router (P*r, H), threshold (P*r,), input_scale (H,): float32.
-        weight_in: (P*m, w * padded H) int8, each leaf's (w, H) packed; scale_in (P*m*w,) float32.
-        weight_out: (P*m, H_out * padded w) int8, each leaf's (H_out, w) packed; scale_out (P*m, H_out) float32.
-        sum_in (P*m*w,) and sum_out (P*m, H_out): int32, the sums of the rows of q, for backends that sum
-            q * q' - zero * q' in two parts.
-        bias_in (P*m*w,), bias_out (P*m, H_out): float32 or None.
-        trees, depth: P and D. activation: a key of `ACTIVATIONS`.
     Returns:
         y (N, H_out) in the dtype of x; leaves (N, P) int32 and margins (N, P) float32 as `find_routes`.
     Raises:
         ValueError: as `check_quantized_leaf_arguments`.
     """
-    width = check_quantized_leaf_arguments(
-        x, router, threshold, input_scale, weight_in, scale_in, sum_in, bias_in, weight_out, scale_out, sum_out,
-        bias_out, trees, depth, activation,
-    )  # fmt: skip
+    width = check_quantized_leaf_arguments(call)
+    x, router, threshold, input_scale, weight_in, scale_in, _, bias_in, weight_out, scale_out, _, bias_out = call[:-3]
+    trees, depth, activation = call[-3:]
     num_leaves, out_width = leaves_per_tree(depth), scale_out.shape[1]
     leaves, _, margins = find_routes(x.float(), router, threshold, trees, depth)
     weight_in = unpack(weight_in, width, x.shape[1]).mT.unflatten(0, (trees, num_leaves))  # (P, m, H, w)
@@ -227,24 +219,10 @@ def leaf_trees_int8_forward(
     return y.to(x.dtype), leaves, margins
 
 
-def leaf_trees_int8_traceable(
-    x: Tensor,
-    router: Tensor,
-    threshold: Tensor,
-    input_scale: Tensor,
-    weight_in: Tensor,
-    scale_in: Tensor,
-    sum_in: Tensor,
-    bias_in: Tensor | None,
-    weight_out: Tensor,
-    scale_out: Tensor,
-    sum_out: Tensor,
-    bias_out: Tensor | None,
-    trees: int,
-    depth: int,
-    activation: str,
-) -> Tensor:
+def leaf_trees_int8_traceable(call: QuantizedLeafCall) -> Tensor:
     """The same from ATen operations every exporter knows: -> y (N, H_out). Every row gathers its leaves' weights."""
+    x, router, threshold, input_scale, weight_in, scale_in, _, bias_in, weight_out, scale_out, _, bias_out = call[:-3]
+    trees, depth, activation = call[-3:]
     width, out_width = scale_in.shape[0] // weight_in.shape[0], scale_out.shape[1]
     q, scale, zero = quantize_rows(x.float() * input_scale)
     y = torch.zeros(x.shape[0], out_width, dtype=torch.float32, device=x.device)

@@ -3,7 +3,11 @@
 import torch
 from torch import Tensor
 
-from fastbert_hf.quantized_reference import check_quantized_arguments, check_quantized_leaf_arguments
+from fastbert_hf.quantized_reference import (
+    QuantizedLeafCall,
+    check_quantized_arguments,
+    check_quantized_leaf_arguments,
+)
 
 from .kernels import NativeKernels
 from .library import load_library
@@ -12,7 +16,7 @@ NOT_SAVED = (None, None)
 
 
 class NativeQuantizedLeafBackend(NativeKernels):
-    """Leaf trees. Arguments and results as `quantized_reference.leaf_trees_int8_forward`."""
+    """Leaf trees. Arguments as `QuantizedLeafCall`, results as `quantized_reference.leaf_trees_int8_forward`."""
 
     forward_symbol, backward_symbol = "fff_int8_leaf_forward", None
     max_depth = 24  # as csrc/library.cpp
@@ -21,20 +25,18 @@ class NativeQuantizedLeafBackend(NativeKernels):
         return f"{super().describe()}, products of int8 by {load_library().fff_int8_products().decode()}"
 
     def infer(self, *arguments) -> Tensor:
-        width = check_quantized_leaf_arguments(*arguments)
-        return self._run(arguments, width, NOT_SAVED)
+        call = QuantizedLeafCall(*arguments)
+        return self._run(call, check_quantized_leaf_arguments(call), NOT_SAVED)
 
     def forward(self, *arguments) -> tuple[Tensor, Tensor, Tensor]:
-        width, x, trees = check_quantized_leaf_arguments(*arguments), arguments[0], arguments[-3]
-        saved = (
-            x.new_empty((x.shape[0], trees), dtype=torch.int32),
-            x.new_empty((x.shape[0], trees), dtype=torch.float32),
-        )
-        return self._run(arguments, width, saved), *saved
+        call = QuantizedLeafCall(*arguments)
+        width, routes = check_quantized_leaf_arguments(call), (call.x.shape[0], call.trees)
+        saved = (call.x.new_empty(routes, dtype=torch.int32), call.x.new_empty(routes, dtype=torch.float32))
+        return self._run(call, width, saved), *saved
 
-    def _run(self, arguments, width, saved) -> Tensor:
-        *tensors, trees, depth, activation = arguments
-        return self.run_forward(tensors, tensors[9].shape[1], saved, (trees, width, depth), activation)
+    def _run(self, call: QuantizedLeafCall, width: int, saved) -> Tensor:
+        sizes = (call.trees, width, call.depth)
+        return self.run_forward(call[:-3], call.scale_out.shape[1], saved, sizes, call.activation)
 
 
 class NativeQuantizedBackend(NativeKernels):

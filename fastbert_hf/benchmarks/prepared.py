@@ -11,6 +11,7 @@ from fastbert_hf.benchmarks.distilled import CASES, speed
 from fastbert_hf.training.distillation.scores import labelled_rows, score
 from fastbert_hf.training.distillation.student import encoder_of
 from fastbert_hf.training.distillation.teacher import Teacher
+from fastbert_hf.training.module_inputs import watched_inputs
 
 PREPARED = "prepared.json"  # beside the model
 BATCH, TOKENS = (16, 64), 64  # of the comparison of outputs: texts a batch, texts in all; tokens a text at most
@@ -99,18 +100,14 @@ def output_error(source: Teacher, prepared: PreTrainedModel, batches: list[dict[
 def _run(encoder: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Last hidden states (B, T, H), and the paths of each layer of trees: (B, T, P) or (B, T, P, D + 1)."""
     paths = []
+    layers = [layer.ffn for layer in encoder.layers if hasattr(layer.ffn, "route")]
 
-    def record(ffn, inputs):
-        route = ffn.route(inputs[0])
+    def record(number: int, x: Tensor) -> None:
+        route = layers[number].route(x)
         paths.append(route[0] if isinstance(route, tuple) else route)
 
-    layers = [layer.ffn for layer in encoder.layers if hasattr(layer.ffn, "route")]
-    handles = [ffn.register_forward_pre_hook(record) for ffn in layers]
-    try:
+    with watched_inputs(layers, record):
         return encoder(**batch).last_hidden_state.float(), paths
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def render(found: Mapping[str, Any]) -> str:

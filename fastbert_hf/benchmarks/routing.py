@@ -13,6 +13,7 @@ from fastbert_hf.benchmarks.layer import backends_for
 from fastbert_hf.fff_layer import FastFeedForward
 from fastbert_hf.fff_op import use_backend
 from fastbert_hf.hub.weights import check_weights
+from fastbert_hf.training.module_inputs import watched_inputs
 
 MASKED_EVERY = 7  # one position in so many is masked, so that predictions are asked of the model
 
@@ -57,13 +58,8 @@ def paths_and_predictions(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, 
     """ids (B, T) -> leaves visited (B, T, layers, P), most likely tokens (B, T)."""
     leaves: list[Tensor] = []
     layers = [module for module in model.modules() if isinstance(module, FastFeedForward)]
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, args: leaves.append(layer.route(args[0])[..., -1]))
-        for layer in layers
-    ]
-    predictions = torch.cat([model(part).logits.argmax(-1) for part in ids.split(8)])
-    for hook in hooks:
-        hook.remove()
+    with watched_inputs(layers, lambda number, x: leaves.append(layers[number].route(x)[..., -1])):
+        predictions = torch.cat([model(part).logits.argmax(-1) for part in ids.split(8)])
     by_layer = [torch.cat(leaves[index :: len(layers)]) for index in range(len(layers))]
     return torch.stack(by_layer, dim=2), predictions
 

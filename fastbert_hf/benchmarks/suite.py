@@ -18,6 +18,7 @@ from fastbert_hf.benchmarks.serving.rows import ServingRow, comparable, format_s
 from fastbert_hf.benchmarks.serving.section import ServingOptions, serving_rows
 from fastbert_hf.fff_layer import FastFeedForward
 from fastbert_hf.hub.weights import check_weights
+from fastbert_hf.training.module_inputs import watched_inputs
 
 PAPER_GRID = [(3072, 0), (1536, 1), (512, 2), (256, 3), (128, 4), (64, 5), (32, 6), (16, 7), (8, 8), (4, 9), (2, 10)]
 
@@ -107,8 +108,7 @@ def trained_problem(folder: str, text: str, tokens: int) -> layer.LayerProblem:
     ffn = model.base_model.layers[model.config.num_hidden_layers // 2].ffn
     assert isinstance(ffn, FastFeedForward)
     seen: list[torch.Tensor] = []
-    with torch.inference_mode():
-        ffn.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    with torch.inference_mode(), watched_inputs([ffn], lambda _, x: seen.append(x.clone())):
         model(ids)
     return layer.LayerProblem(ffn, seen[0].flatten(0, 1).clone())
 

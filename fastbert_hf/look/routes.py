@@ -14,6 +14,7 @@ from fastbert_hf.leaf_layer import LeafFeedForward
 from fastbert_hf.leaf_reference import confidence_of
 from fastbert_hf.pretrained_fastbert import FastBertPreTrainedModel
 from fastbert_hf.training.distillation.texts import tokenized
+from fastbert_hf.training.module_inputs import watched_inputs
 from fastbert_hf.training.tree_usage import tree_layers, visited_nodes
 
 SHOWN_TREES = 8  # of a layer at most: a page of hundreds is of no use
@@ -54,15 +55,8 @@ def observed(model: FastBertPreTrainedModel, look: Callable[[TreeLayer, Tensor],
     layers = tree_layers(model)
     found: list[list[Any]] = [[] for _ in layers]
 
-    def hook(notes: list[Any]):
-        return lambda layer, inputs: notes.append(look(layer, inputs[0]))
-
-    handles = [layer.register_forward_pre_hook(hook(notes)) for layer, notes in zip(layers, found)]
-    try:
+    with watched_inputs(layers, lambda number, x: found[number].append(look(layers[number], x))):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def look_inside(

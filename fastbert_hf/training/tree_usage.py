@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from fastbert_hf.fff_layer import FastFeedForward
 from fastbert_hf.fff_reference import nodes_per_tree
 from fastbert_hf.leaf_layer import LeafFeedForward
+from fastbert_hf.training.module_inputs import watched_inputs
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -61,21 +62,14 @@ def counted_visits(model: nn.Module) -> Iterator[VisitCounts]:
     layers = tree_layers(model)
     counts = VisitCounts(layers)
 
-    def hook(count: Tensor):
-        def count_visits(layer: FastFeedForward | LeafFeedForward, inputs: tuple[Tensor, ...]) -> None:
-            with torch.no_grad():
-                nodes = visited_nodes(layer, inputs[0])  # (N, P, D+1)
-            for tree in range(layer.trees):
-                count[tree] += torch.bincount(nodes[:, tree].reshape(-1), minlength=count.shape[1]).cpu()
+    @torch.no_grad()
+    def count_visits(number: int, x: Tensor) -> None:
+        nodes, count = visited_nodes(layers[number], x), counts[number]  # (N, P, D+1), (P, n)
+        for tree in range(layers[number].trees):
+            count[tree] += torch.bincount(nodes[:, tree].reshape(-1), minlength=count.shape[1]).cpu()
 
-        return count_visits
-
-    handles = [layer.register_forward_pre_hook(hook(count)) for layer, count in zip(layers, counts)]
-    try:
+    with watched_inputs(layers, count_visits):
         yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def tree_usage(counts: Iterable[Tensor]) -> list[dict[str, Any]]:

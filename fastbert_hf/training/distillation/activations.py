@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastbert_hf.training.module_inputs import watched_inputs
+
 
 class _Reached(Exception):
     """The module has its input; what comes after it need not be computed."""
@@ -109,19 +111,14 @@ def sample_inputs_of_all(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    handles = [
-        module.register_forward_pre_hook(lambda _, inputs, number=number: take(number, inputs[0]))
-        for number, module in enumerate(modules)
-    ]
     try:
-        for batch in batches:
-            arguments = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-            mask = arguments.get("attention_mask")
-            with contextlib.suppress(_Reached):
-                model(**arguments)
+        with watched_inputs(modules, take):
+            for batch in batches:
+                arguments = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+                mask = arguments.get("attention_mask")
+                with contextlib.suppress(_Reached):
+                    model(**arguments)
     finally:
-        for handle in handles:
-            handle.remove()
         model.train(was_training)
     if any(sample is None or sample.seen == 0 for sample in samples):
         raise ValueError("no row reached the module: batches is empty, or the model does not use it")

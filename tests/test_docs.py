@@ -1,5 +1,6 @@
 """The pages of docs/ name commands, options and recipes that exist; what is released has one version everywhere."""
 
+import collections
 import itertools
 import re
 import shlex
@@ -21,6 +22,15 @@ def commands(page: Path) -> list[list[str]]:
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("fastbert ")]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name)
+def test_no_section_stands_twice_in_a_page(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^## .*$", text, flags=re.MULTILINE)
+    paragraphs = [paragraph for paragraph in text.split("\n\n") if len(paragraph) > 200]
+    for parts in (headings, paragraphs):
+        assert not [part for part, count in collections.Counter(parts).items() if count > 1]
 
 
 PAGES = {page.name: commands(page) for page in sorted(DOCS.glob("*.md")) if commands(page)}

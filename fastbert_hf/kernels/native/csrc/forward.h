@@ -4,8 +4,6 @@
 namespace fff {
 namespace FFF_ISA {
 
-constexpr int64_t kChunkBytes = 8 << 20;  // scratch memory that grows with the number of rows is kept below this
-
 // visited[level] = node of that level on the way to the leaf
 static void write_path(uint32_t leaf, int depth, int32_t* visited) {
   for (int level = 0; level <= depth; ++level) visited[level] = (int32_t)node_on_path(leaf, depth, level);
@@ -85,22 +83,13 @@ static Status forward_chunk(const Shape& s, const ForwardTensors& tensors) {
 
 template <class E>
 static Status forward(const Shape& s, const ForwardTensors& tensors) {
-  typedef typename E::type T;
   if (s.num_rows <= 2) return forward_few<E>(s, tensors);
   const int64_t visits = s.visits(), bytes_per_row = 4 * (visits + 4 * s.trees);
-  const int64_t chunk = max64(4 * kBlock, kChunkBytes / bytes_per_row);
-  for (int64_t begin = 0; begin < s.num_rows; begin += chunk) {
-    Shape part = s;
-    part.num_rows = min64(chunk, s.num_rows - begin);
-    ForwardTensors slice = tensors;
-    slice.x = (const T*)tensors.x + begin * s.in_width;
-    slice.y = (T*)tensors.y + begin * s.out_width;
-    if (tensors.visited) slice.visited += begin * visits;
-    if (tensors.logits) slice.logits += begin * visits;
-    const Status status = forward_chunk<E>(part, slice);
-    if (status != kDone) return status;
-  }
-  return kDone;
+  auto advance = [&](ForwardTensors* slice, int64_t begin) {
+    if (slice->visited) slice->visited += begin * visits;
+    if (slice->logits) slice->logits += begin * visits;
+  };
+  return by_chunks<E>(s, tensors, bytes_per_row, kBlock, advance, forward_chunk<E>);
 }
 
 }  // namespace FFF_ISA

@@ -260,21 +260,12 @@ static Status int8_forward_chunk(const Shape& s, const Int8Tensors& tensors) {
 
 template <class E>
 static Status int8_forward(const Shape& s, const Int8Tensors& tensors) {
-  typedef typename E::type T;
   if (s.num_rows <= 2) return int8_forward_few<E>(s, tensors);
   const int64_t visits = s.visits(), bytes_per_row = 4 * (visits + 4 * s.trees + (E::kIsFloat ? 0 : s.in_width));
-  const int64_t chunk = max64(4 * kBlock, kChunkBytes / bytes_per_row);
-  for (int64_t begin = 0; begin < s.num_rows; begin += chunk) {
-    Shape part = s;
-    part.num_rows = min64(chunk, s.num_rows - begin);
-    Int8Tensors slice = tensors;
-    slice.x = (const T*)tensors.x + begin * s.in_width;
-    slice.y = (T*)tensors.y + begin * s.out_width;
-    if (tensors.visited) slice.visited += begin * visits;
-    const Status status = int8_forward_chunk<E>(part, slice);
-    if (status != kDone) return status;
-  }
-  return kDone;
+  auto advance = [&](Int8Tensors* slice, int64_t begin) {
+    if (slice->visited) slice->visited += begin * visits;
+  };
+  return by_chunks<E>(s, tensors, bytes_per_row, kBlock, advance, int8_forward_chunk<E>);
 }
 
 }  // namespace FFF_ISA

@@ -295,24 +295,16 @@ static Status int8_leaf_chunk(const LeafShape& s, const Int8LeafTensors& tensors
 
 template <class E>
 static Status int8_leaf_forward(const LeafShape& s, const Int8LeafTensors& tensors, Int8Products products) {
-  typedef typename E::type T;
   const int64_t floats = E::kIsFloat ? 0 : s.in_width + (s.trees == 1 ? 0 : s.out_width);
   const int64_t bytes_per_row = 4 * (s.trees * (s.depth + 8) + floats + 6) + padded_columns(s.in_width);
-  const int64_t chunk = max64(4 * kLeafBlock, kChunkBytes / bytes_per_row);
-  for (int64_t begin = 0; begin < s.num_rows; begin += chunk) {
-    LeafShape part = s;
-    part.num_rows = min64(chunk, s.num_rows - begin);
-    Int8LeafTensors slice = tensors;
-    slice.x = (const T*)tensors.x + begin * s.in_width;
-    slice.y = (T*)tensors.y + begin * s.out_width;
-    if (tensors.leaves) {
-      slice.leaves += begin * s.trees;
-      slice.margins += begin * s.trees;
-    }
-    const Status status = int8_leaf_chunk<E>(part, slice, products);
-    if (status != kDone) return status;
-  }
-  return kDone;
+  auto advance = [&](Int8LeafTensors* slice, int64_t begin) {
+    if (!slice->leaves) return;
+    slice->leaves += begin * s.trees;
+    slice->margins += begin * s.trees;
+  };
+  return by_chunks<E>(
+      s, tensors, bytes_per_row, kLeafBlock, advance,
+      [&](const LeafShape& part, const Int8LeafTensors& slice) { return int8_leaf_chunk<E>(part, slice, products); });
 }
 
 }  // namespace FFF_ISA

@@ -270,25 +270,15 @@ static Status leaf_forward_chunk(const LeafShape& s, const LeafForwardTensors& t
 
 template <class E>
 static Status leaf_forward(const LeafShape& s, const LeafForwardTensors& tensors) {
-  typedef typename E::type T;
   const int64_t bytes_per_row = 4 * (s.trees * (s.depth + 8) + wide_floats<E>(s, 1, s.out_width) + 4);
-  const int64_t chunk = max64(4 * kLeafBlock, kChunkBytes / bytes_per_row);
-  for (int64_t begin = 0; begin < s.num_rows; begin += chunk) {
-    LeafShape part = s;
-    part.num_rows = min64(chunk, s.num_rows - begin);
-    LeafForwardTensors slice = tensors;
-    slice.x = (const T*)tensors.x + begin * s.in_width;
-    slice.y = (T*)tensors.y + begin * s.out_width;
-    if (tensors.leaves) {
-      slice.leaves += begin * s.trees;
-      slice.deciders += begin * s.trees;
-      slice.margins += begin * s.trees;
-      slice.logits += begin * s.trees * s.leaf_width;
-    }
-    const Status status = leaf_forward_chunk<E>(part, slice);
-    if (status != kDone) return status;
-  }
-  return kDone;
+  auto advance = [&](LeafForwardTensors* slice, int64_t begin) {
+    if (!slice->leaves) return;
+    slice->leaves += begin * s.trees;
+    slice->deciders += begin * s.trees;
+    slice->margins += begin * s.trees;
+    slice->logits += begin * s.trees * s.leaf_width;
+  };
+  return by_chunks<E>(s, tensors, bytes_per_row, kLeafBlock, advance, leaf_forward_chunk<E>);
 }
 
 }  // namespace FFF_ISA

@@ -166,6 +166,19 @@ def _register_backward(op: TreeOp) -> Callable[..., list[Tensor]]:
     return registered
 
 
+def register_without_gradient(name: str, schema: str, forward: Callable, fake: Callable) -> None:
+    """Register an op for inference, once a process as `register` does: backward through it raises."""
+    if hasattr(torch.ops.fastbert, name):
+        return
+    registered = torch.library.custom_op(f"fastbert::{name}", forward, mutates_args=(), schema=schema)
+    registered.register_fake(fake)
+
+    def backward(ctx, *gradients):
+        raise NotImplementedError(f"fastbert::{name} has no gradient: it is for inference")
+
+    registered.register_autograd(backward, setup_context=lambda ctx, inputs, output: None)
+
+
 def _register_autocast(name: str) -> None:
     """Cast every input of the op `fastbert::name` to the dtype of the autocast region it is called in."""
     library = torch.library.Library("fastbert", "FRAGMENT")

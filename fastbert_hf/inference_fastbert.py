@@ -9,6 +9,8 @@
     int8        weights; inputs are quantised as they come. See quantized_linear.py and quantized_op.py; attention's
                 own products stay float32, and so do the routers of trees.
 
+Attention is one op with the linear layers around it (int8) or without them; see encoder_op.py.
+
 The residual stream, norms, embeddings and heads stay float32: they are little of the work, and what is rounded there
 reaches every router behind it. docs/serve.md has the numbers.
 
@@ -22,10 +24,11 @@ from transformers.utils import logging
 
 from .backends_fastbert import backend_for
 from .encoder_fastbert import FastBertAttention, FastBertDenseFeedForward, FastBertLayer, eager_attention_forward
+from .encoder_op import add_norm, attention, attention_int8
 from .fff_layer import FastFeedForward
 from .leaf_layer import LeafFeedForward
 from .quantized_layer import QuantizedFastFeedForward, QuantizedLeafFeedForward
-from .quantized_linear import QuantizedLinear, packed_products
+from .quantized_linear import QuantizedLinear
 
 logger = logging.get_logger(__name__)
 
@@ -50,18 +53,22 @@ class FusedAttention(FastBertAttention):
         self.register_load_state_dict_pre_hook(_merge)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """(B, T, H) -> (B, T, H) and, with eager attention, the weights (B, heads, T, T)."""
+        """(B, T, H) -> (B, T, H) and, with eager attention, the weights (B, heads, T, T).
+
+        attention_mask: (B, T) booleans, or (B, 1 or heads, T, T) as in `FastBertAttention`.
+        """
         rows, tokens, size = hidden.shape
+        implementation = self.config._attn_implementation
+        plain = implementation == "sdpa" and (attention_mask is None or attention_mask.dim() == 2)
+        if plain and isinstance(self.output, QuantizedLinear):
+            layers = (*self.query_key_value.op_arguments(), *self.output.op_arguments())
+            return attention_int8(hidden, attention_mask, *layers, self.num_heads, self.scaling), None
         joined = self.query_key_value(hidden).view(rows, tokens, 3, self.num_heads, self.head_dim)
+        if plain:
+            return self.output(attention(joined, attention_mask, self.scaling)), None
         query, key, value = joined.permute(2, 0, 3, 1, 4).unbind()  # (B, T, 3 H) -> three of (B, heads, T, d)
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.to(query.dtype)
-        implementation = self.config._attn_implementation
-        if implementation == "sdpa":
-            mixed = nn.functional.scaled_dot_product_attention(
-                query, key, value, attn_mask=attention_mask, scale=self.scaling
-            )
-            return self.output(mixed.transpose(1, 2).reshape(rows, tokens, size)), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         mixed, weights = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.output(mixed.reshape(rows, tokens, size)), weights
@@ -88,8 +95,13 @@ class FusedLayer(FastBertLayer):
             hidden = hidden + mixed
             return hidden + self.ffn(self.ffn_norm(hidden).to(self.ffn_dtype))
         mixed, _ = self.attention(hidden.to(self.attention_dtype), attention_mask, **kwargs)
-        hidden = self.attention_norm(hidden + mixed)
-        return self.ffn_norm(hidden + self.ffn(hidden.to(self.ffn_dtype)))
+        hidden = residual_norm(self.attention_norm, hidden, mixed)
+        return residual_norm(self.ffn_norm, hidden, self.ffn(hidden.to(self.ffn_dtype)))
+
+
+def residual_norm(norm: nn.LayerNorm, x: Tensor, y: Tensor) -> Tensor:
+    """norm(x + y), (..., H)."""
+    return add_norm(x, y, norm.weight, norm.bias, norm.eps)
 
 
 @torch.no_grad()
@@ -209,11 +221,10 @@ def warn_of_slow_parts(encoder: nn.Module, linear_dtype: str) -> None:
 
     Args: encoder: after `fuse_layers`. linear_dtype: as there.
     """
-    if linear_dtype == "int8" and not packed_products():
+    if linear_dtype == "int8" and backend_for("linear_int8", torch.empty(1, 1)).name == "reference":
         logger.warning_once(
-            "int8 linear layers: this CPU has no AVX-512 VNNI, or this PyTorch no engine that uses it "
-            f"({torch.backends.quantized.engine}); torch._int_mm computes the same sums more slowly. "
-            "linear_dtype='float32' may be faster here"
+            "int8 linear layers: no compiled kernel of the op linear_int8 runs here (`fastbert kernels` says why); "
+            "plain PyTorch computes them, slowly. linear_dtype='float32' is faster here"
         )
     if linear_dtype == "bfloat16" and not bfloat16_products():
         logger.warning_once(

@@ -85,9 +85,13 @@ class FastBertModel(FastBertPreTrainedModel):
             attention_mask = visible_keys(attention_mask)
         if attention_mask is not None and attention_mask.dim() == 3:
             attention_mask = attention_mask.unsqueeze(1)  # (B, T, T) -> (B, 1, T, T)
-        attention_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden, attention_mask=attention_mask
-        )
+        # prepared layers take the keys that are visible, (B, T), as they are
+        if not (self.is_prepared and self.config._attn_implementation == "sdpa") or (
+            attention_mask is not None and attention_mask.dim() > 2
+        ):
+            attention_mask = create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden, attention_mask=attention_mask
+            )
         for layer in self.layers:
             hidden = layer(hidden, attention_mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.final_norm(hidden))

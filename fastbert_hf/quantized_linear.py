@@ -1,34 +1,18 @@
 # Copyright 2026 The FastBERT authors. Licensed under the MIT License.
 """`QuantizedLinear`: a linear layer with int8 weights, for inference on a CPU.
 
-Weights are quantised row by row, symmetrically (one scale an output); activations as they come, the whole input with
-one scale and zero point (dynamic quantisation, as PyTorch's and ONNX Runtime's):
+Weights are quantised row by row, symmetrically (one scale an output); every row of the input as it comes, to uint8
+with a scale and a zero point of its own. So a token's output does not depend on what stands beside it.
+`encoder_reference.linear_int8_forward` is the definition, and the op `linear_int8` computes it.
 
-    y = scale * (q(x) - zero) W_q^T * weight_scale + bias,   scale = (max(x, 0) - min(x, 0)) / 255
-
-The sums are integers. `torch.ops.quantized.linear_dynamic` computes them, with FBGEMM or oneDNN and weights packed at
-the first call: it takes a fifth to a third of float32's time, and a third of what `torch._int_mm` takes with separate
-operations that quantise. It needs a CPU with AVX-512 VNNI: elsewhere FBGEMM adds pairs of products in 16 bits, which
-saturate. There, and where a model is compiled or exported, the formula is computed around `torch._int_mm`.
-
-Source: the scheme is that of arXiv 1712.05877.
+Source: the scheme is that of arXiv 1712.05877, with one scale a token as in arXiv 2206.01861.
 """
-
-import warnings
 
 import torch
 from torch import Tensor, nn
 
-from .dispatch_fastbert import is_exporting
-from .quantized_weights import quantize_weights
-
-ENGINES = ("x86", "fbgemm", "onednn")  # of torch.backends.quantized, those that add in 32 bits where VNNI is
-SMALLEST_SCALE = 2.0**-120
-
-
-def packed_products() -> bool:
-    """Whether this machine has the packed int8 products that PyTorch brings."""
-    return torch.backends.quantized.engine in ENGINES and torch.cpu._is_vnni_supported()
+from .encoder_op import linear_int8
+from .quantized_weights import pack, quantize_weights
 
 
 class QuantizedLinear(nn.Module):
@@ -94,52 +78,16 @@ class QuantizedLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._packed = None
 
-    def _pack(self):
-        """The weights as the library wants them; False where the formula is computed instead."""
-        if not (self.weight.is_cpu and packed_products()):
-            return False
-        with warnings.catch_warnings():  # PyTorch means to replace this kind of tensor: `_formula` needs none
-            warnings.simplefilter("ignore")
-            scale = self.weight_scale.double().clamp(min=SMALLEST_SCALE)
-            zeros = torch.zeros(self.out_features, dtype=torch.int64)
-            weight = torch._make_per_channel_quantized_tensor(self.weight, scale, zeros, 0)
-            return torch.ops.quantized.linear_prepack(weight, self.bias)
+    def op_arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The op's arguments after x. Weights are packed at the first call."""
+        if self._packed is None:
+            self._packed = pack(self.weight)
+        return self._packed, self.weight_scale, self.weight_sum, self.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., K) -> (..., O), dtype of x. Not differentiable.
-
-        Raises:
-            RuntimeError: x needs a gradient.
-        """
-        if torch.compiler.is_compiling() or is_exporting():
-            return self._formula(x)
-        if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("a layer with int8 weights has no gradient; got an input that requires one")
-        packed = self._packed
-        if packed is None:
-            packed = self._packed = self._pack()
-        if packed is False or not x.numel():
-            return self._formula(x)
-        if x.dtype is torch.float32:
-            return torch.ops.quantized.linear_dynamic(x, packed)
-        return torch.ops.quantized.linear_dynamic(x.float(), packed).to(x.dtype)
-
-    def _formula(self, x: Tensor) -> Tensor:
-        """The layer from plain operations."""
-        rows = x.reshape(-1, self.in_features).float()  # (..., K) -> (N, K)
-        low = rows.amin().clamp(max=0) if x.numel() else rows.new_zeros(())
-        high = rows.amax().clamp(min=0) if x.numel() else rows.new_zeros(())
-        scale = ((high - low) / 255).clamp(min=SMALLEST_SCALE)
-        zero = (-low / scale).round()
-        q = ((rows / scale).round() + zero).clamp(0, 255) - 128
-        if is_exporting():
-            sums = q @ self.weight.float().t()  # exporters do not know the product of integers
-        else:
-            sums = torch._int_mm(q.to(torch.int8), self.weight.t()).float()
-        y = (sums - (zero - 128) * self.weight_sum) * (scale * self.weight_scale)
-        if self.bias is not None:
-            y = y + self.bias
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        """(..., K) -> (..., O), dtype of x. Not differentiable: backward through it raises."""
+        rows = x.reshape(-1, self.in_features)
+        return linear_int8(rows, *self.op_arguments()).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, weights=int8"

@@ -11,13 +11,11 @@ as `fastbert::leaf_trees_int8_v1` and `fastbert::fff_int8_v1`. Source: leaf_op.p
 ours, with columns balanced between x and weights as in arXiv 2211.10438.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from .backends_fastbert import PlainBackend, backend_for, register_backends
-from .dispatch_fastbert import is_exporting, refuse_forward_mode, runs_directly
+from .dispatch_fastbert import is_exporting, refuse_forward_mode, register_without_gradient, runs_directly
 from .quantized_reference import (
     QuantizedLeafCall,
     check_quantized_arguments,
@@ -46,19 +44,6 @@ QUANTIZED_LEAF_BACKENDS = register_backends("leaf_trees_int8", QuantizedLeafRefe
 QUANTIZED_BACKENDS = register_backends("fff_int8", QuantizedReferenceBackend())
 
 
-def _register(name: str, schema: str, forward: Callable, fake: Callable) -> None:
-    """Register an op that has no gradient, once a process: whichever copy of this file comes first keeps the name."""
-    if hasattr(torch.ops.fastbert, name):
-        return
-    registered = torch.library.custom_op(f"fastbert::{name}", forward, mutates_args=(), schema=schema)
-    registered.register_fake(fake)
-
-    def backward(ctx, *gradients):
-        raise NotImplementedError(f"fastbert::{name} has no gradient: layers with int8 weights are for inference")
-
-    registered.register_autograd(backward, setup_context=lambda ctx, inputs, output: None)
-
-
 def _leaf_backend(call: QuantizedLeafCall):
     return backend_for("leaf_trees_int8", call.x, call.weight_in, call.weight_out, *call[-3:])
 
@@ -74,7 +59,7 @@ def _leaf_fake(*arguments):
     )
 
 
-_register(
+register_without_gradient(
     "leaf_trees_int8_v1",
     "(Tensor x, Tensor router, Tensor threshold, Tensor input_scale, Tensor weight_in, Tensor scale_in, "
     "Tensor sum_in, Tensor? bias_in, Tensor weight_out, Tensor scale_out, Tensor sum_out, Tensor? bias_out, "
@@ -114,7 +99,7 @@ def _fff_fake(x, *arguments):
     return x.new_empty(num_rows, arguments[2].shape[1]), x.new_empty(num_rows, trees, levels, dtype=torch.int32)
 
 
-_register(
+register_without_gradient(
     "fff_int8_v1",
     "(Tensor x, Tensor weight_in, Tensor? bias_in, Tensor weight_out, Tensor scale_out, Tensor output_scale, "
     "SymInt trees, SymInt depth, str activation) -> (Tensor, Tensor)",

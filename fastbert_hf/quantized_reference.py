@@ -1,13 +1,13 @@
 # Copyright 2026 The FastBERT authors. Licensed under the MIT License.
-"""Trees with int8 weights in plain PyTorch: the definition that every backend is tested against. For inference.
+"""Trees with int8 weights, for inference, in plain PyTorch: the definition that every backend is tested against.
 
 Notation as in leaf_reference.py and fff_reference.py. Two things are quantised, by functions of quantized_weights.py:
 
 - Weights, once: int8 between -127 and 127 with one float32 scale for each row of a matrix, so that the row is
   scale * q. A leaf's W_in (w, H) has a scale for each neuron, its W_out, seen as (H_out, w), one for each output.
-- Rows of activations, when they arrive: uint8 with one scale and one zero point for each row. Columns of x are
-  multiplied by `input_scale` before that, and those of W_in divided by it when they are quantised, so that a few
-  large columns of x do not decide the scale of all.
+- Rows of activations, when they arrive: uint8 with one scale and one zero point for each row. For leaves
+  columns of x are multiplied by `input_scale` before that, and those of W_in divided by it when they are quantised,
+  so that a few large columns of x do not decide the scale of all.
 
 Routers, thresholds, decisions, the confidence, biases and activation functions are float32, whatever x is.
 Sums of products are exact integers below 2^31; what is between them is float32, rounded after each operation.
@@ -122,7 +122,7 @@ def _explain_leaf_arguments(call: QuantizedLeafCall) -> int:
     for name, value in (("x", width), ("a leaf", leaf_width), ("y", out_width)):
         if value == 0 or (value > MAX_INT8_WIDTH and name != "y"):
             raise ValueError(f"{name} is {value} wide; expected 1 to {MAX_INT8_WIDTH}, as sums are int32")
-    _check_tensors(
+    check_tensors(
         x.device,
         router=(router, torch.float32, (leaves - trees, width)),
         threshold=(threshold, torch.float32, (leaves - trees,)),
@@ -144,13 +144,19 @@ def _check_call(x: Tensor, trees: int, depth: int, activation: str) -> None:
         raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
     if trees < 1 or depth < 0:
         raise ValueError(f"trees is {trees} and depth is {depth}; expected trees >= 1 and depth >= 0")
+    check_rows(x)
+
+
+def check_rows(x: Tensor) -> None:
+    """Raises ValueError where x is not (N, H) of a dtype that is taken."""
     if x.dim() != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (N, H)")
     if x.dtype not in INPUT_DTYPES:
         raise ValueError(f"x is {x.dtype}; expected one of {', '.join(str(dtype) for dtype in INPUT_DTYPES)}")
 
 
-def _check_tensors(device: torch.device, **expected: tuple[Tensor | None, torch.dtype, tuple[int, ...]]) -> None:
+def check_tensors(device: torch.device, **expected: tuple[Tensor | None, torch.dtype, tuple[int, ...]]) -> None:
+    """Raises ValueError where a tensor has another dtype, shape or device. What is named bias may be None."""
     for name, (tensor, dtype, shape) in expected.items():
         if tensor is None and name.startswith("bias"):
             continue
@@ -280,7 +286,7 @@ def check_quantized_arguments(
     out_width = output_scale.numel()
     if x.shape[1] == 0 or out_width == 0:
         raise ValueError(f"x is {x.shape[1]} wide and y is {out_width} wide; expected at least 1")
-    _check_tensors(
+    check_tensors(
         x.device,
         weight_in=(weight_in, torch.float32, (nodes, x.shape[1])),
         bias_in=(bias_in, torch.float32, (nodes,)),

@@ -44,13 +44,14 @@ def pack(matrix: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
     """The matrices that `pack` packed: (..., R * padded K) -> (..., R, K)."""
-    width = padded_columns(columns)
-    blocks = []
-    for start in range(0, rows, BLOCK_ROWS):
-        stop = min(rows, start + BLOCK_ROWS)
-        block = packed[..., start * width : stop * width].unflatten(-1, (-1, stop - start, GROUP_COLUMNS))
-        blocks.append(block.transpose(-3, -2).flatten(-2))  # (..., b, padded K)
-    return torch.cat(blocks, -2)[..., :columns]
+    width, whole = padded_columns(columns), rows // BLOCK_ROWS * BLOCK_ROWS
+    parts = [part for part in packed.split((whole * width, (rows - whole) * width), -1) if part.shape[-1]]
+    matrices = []
+    for part in parts:  # the blocks of 16 rows, then the last one
+        block = min(BLOCK_ROWS, part.shape[-1] // width)
+        groups = part.unflatten(-1, (-1, width // GROUP_COLUMNS, block, GROUP_COLUMNS))
+        matrices.append(groups.transpose(-3, -2).flatten(-2).flatten(-3, -2))  # (..., block rows, padded K)
+    return (matrices[0] if len(matrices) == 1 else torch.cat(matrices, -2))[..., :columns]
 
 
 # ---- quantisation ----

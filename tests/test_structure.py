@@ -9,9 +9,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fastbert_hf"
 # each level may import from itself and from those before it
 LEVELS = [
-    ("fff_reference", "leaf_reference", "quantized_weights", "quantized_reference", "kernels"),
+    (
+        "fff_reference",
+        "leaf_reference",
+        "quantized_weights",
+        "quantized_reference",
+        "encoder_reference",
+        "kernels",
+    ),
     ("backends_fastbert", "dispatch_fastbert"),
-    ("fff_op", "leaf_op", "quantized_op"),
+    ("fff_op", "leaf_op", "quantized_op", "encoder_op"),
     ("fff_layer", "leaf_layer", "quantized_layer", "quantized_linear"),
     ("configuration_fastbert", "inputs_fastbert"),
     ("encoder_fastbert",),
@@ -35,6 +42,8 @@ LEVELS = [
 ]
 # files that travel to the Hub beside the weights, with torch and transformers alone
 BUNDLE = [
+    "encoder_op",
+    "encoder_reference",
     "backends_fastbert",
     "checkpoint_fastbert",
     "configuration_fastbert",

@@ -27,7 +27,6 @@ from fastbert_hf import (
     LeafFeedForward,
     inference_fastbert,
     prepare_for_inference,
-    quantized_linear,
 )
 from fastbert_hf.inference_fastbert import FusedLayer
 from fastbert_hf.quantized_layer import QuantizedFastFeedForward, QuantizedLeafFeedForward
@@ -193,11 +192,12 @@ def test_masks_of_every_shape_are_used(types):
     inputs = random_batch(2, 9)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     expected = output(model, inputs)
-    for other in (mask[:, None, :].expand(2, 9, 9), mask[:, None, None].bool().expand(2, 1, 9, 9)):
-        torch.testing.assert_close(output(model, {"input_ids": ids, "attention_mask": other}), expected)
+    rounding = {"float32": 1e-6, "int8": 2e-3}.get(types, 2e-2)  # masks of (B, heads, T, T) take PyTorch's attention
     additive = torch.zeros(2, 1, 9, 9).masked_fill(~mask[:, None, None].bool(), -1e9)
-    torch.testing.assert_close(output(model, {"input_ids": ids, "attention_mask": additive}), expected)
-    assert not torch.allclose(output(model, {"input_ids": ids}), expected, atol=1e-3)
+    for other in (mask[:, None, :].expand(2, 9, 9), mask[:, None, None].bool().expand(2, 1, 9, 9), additive):
+        given = output(model, {"input_ids": ids, "attention_mask": other})
+        assert (given - expected).norm() <= rounding * expected.norm()
+    assert (output(model, {"input_ids": ids}) - expected).norm() > 0.05 * expected.norm()
 
 
 @each_type
@@ -267,8 +267,6 @@ def test_a_tensor_that_a_prepared_folder_lacks_is_an_error(tmp_path):
 
 
 def test_what_is_slow_here_is_named_once(monkeypatch, caplog):
-    for module in (inference_fastbert, quantized_linear):
-        monkeypatch.setattr(module, "packed_products", lambda: False)
     monkeypatch.setattr(inference_fastbert, "bfloat16_products", lambda: False)
     monkeypatch.setattr(inference_fastbert.logger, "propagate", True)
     inference_fastbert.logger.warning_once.cache_clear()
@@ -277,7 +275,7 @@ def test_what_is_slow_here_is_named_once(monkeypatch, caplog):
         slow = [prepared(model, types) for types in ("int8", "int8", "int8 and bfloat16")]
         found = [output(each, random_batch(3, 9)) for each in slow]
     messages = [record.message for record in caplog.records]
-    assert sum("no AVX-512 VNNI" in message for message in messages) == 1
+    assert sum("no compiled kernel of the op linear_int8" in message for message in messages) == 1
     assert sum("no compiled kernel of the op leaf_trees_int8" in message for message in messages) == 1
     assert sum("rounded weights compute in float32" in message for message in messages) == 1
     assert slow[2].layers[0].attention.output.weight.dtype == torch.float32

@@ -9,20 +9,24 @@ from fastbert_hf.quantized_reference import (
     check_quantized_leaf_arguments,
 )
 
-from .kernels import NativeKernels
+from .kernels import NativeFunctions, NativeKernels
 from .library import load_library
 
 NOT_SAVED = (None, None)
 
 
-class NativeQuantizedLeafBackend(NativeKernels):
-    """Leaf trees. Arguments as `QuantizedLeafCall`, results as `quantized_reference.leaf_trees_int8_forward`."""
-
-    forward_symbol, backward_symbol = "fff_int8_leaf_forward", None
-    max_depth = 24  # as csrc/library.cpp
+class Int8Products(NativeFunctions):
+    """Kernels whose products with int8 weights have an instruction set of their own."""
 
     def describe(self) -> str:
         return f"{super().describe()}, products of int8 by {load_library().fff_int8_products().decode()}"
+
+
+class NativeQuantizedLeafBackend(Int8Products, NativeKernels):
+    """Leaf trees. Arguments as `QuantizedLeafCall`, results as `quantized_reference.leaf_trees_int8_forward`."""
+
+    forward_symbol = "fff_int8_leaf_forward"
+    max_depth = 24  # as csrc/library.cpp
 
     def infer(self, *arguments) -> Tensor:
         call = QuantizedLeafCall(*arguments)
@@ -42,7 +46,7 @@ class NativeQuantizedLeafBackend(NativeKernels):
 class NativeQuantizedBackend(NativeKernels):
     """Trees of single neurons. Arguments and results as `quantized_reference.fff_int8_forward`."""
 
-    forward_symbol, backward_symbol = "fff_int8_forward", None
+    forward_symbol = "fff_int8_forward"
     max_depth = 30  # node numbers are int32
 
     def infer(self, *arguments) -> Tensor:

@@ -12,22 +12,20 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 STATUS_NO_MEMORY, STATUS_BAD_PATH, STATUS_NO_DATA = 1, 2, 4
 
 
-class NativeKernels:
+class NativeFunctions:
     """C++ kernels for CPUs: float32 and bfloat16, accumulated in float32.
 
     Results are the same bit for bit whatever the number of threads, and a row's result does not depend on the other
     rows of the call. They differ in the last bits between instruction sets.
 
-    A subclass names the functions of the library (`forward_symbol`, `backward_symbol`; None for an op without a
-    gradient), the deepest tree they take (`max_depth`) and what they call the paths they are given (`paths`).
+    A subclass names the functions of the library: `forward_symbol`, `backward_symbol`; None for an op without a
+    gradient.
     """
 
     name = "native"
     forward_symbol: str
-    backward_symbol: str | None
-    max_depth: int
-    paths: str
-    max_backward_rows = 2**31 - 1  # row numbers are int32; forward counts them in each of its chunks
+    backward_symbol: str | None = None
+    typed = 0  # the tensor whose dtype `run` hands over
 
     def __init__(self):
         self._forward = self._backward = None
@@ -49,22 +47,68 @@ class NativeKernels:
         if self.backward_symbol is not None:
             self._backward = getattr(library, self.backward_symbol)
 
-    def supports(
-        self, x: Tensor, weight_in: Tensor, weight_out: Tensor, trees: int, depth: int, activation: str
-    ) -> str | None:
+    def supports(self, x: Tensor, *call) -> str | None:
         if self._forward is None:
             reason = self.unavailable()
             if reason is not None:
                 return reason
         if x.dtype not in DTYPE_CODES:
             return f"it computes float32 and bfloat16, not {x.dtype}"
-        if not (x.is_cpu and weight_in.is_cpu and weight_out.is_cpu):
+        if not x.is_cpu:
             return f"it runs on the CPU, not on {x.device}"
-        if depth > self.max_depth:
-            return f"depth is {depth}; at most {self.max_depth}"
         if x.layout is not torch.strided:
             return f"x has layout {x.layout}"
         return None
+
+    def run(self, tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> None:
+        """One call of the forward function.
+
+        Args:
+            tensors: x first and the output last, checked. sizes: what follows the pointers, up to the dtype.
+        """
+        if self._forward is None:
+            self._load()
+        # contiguous() returns the tensor itself where it can; the list keeps copies alive during the call
+        tensors = [t if t is None else t.contiguous() for t in tensors]
+        status = self._forward(
+            *[0 if t is None else t.data_ptr() for t in tensors],
+            *sizes,
+            DTYPE_CODES[tensors[self.typed].dtype],
+            torch.get_num_threads(),
+        )
+        if status:
+            self._raise_status(status)
+
+    def _raise_status(self, status: int) -> None:
+        if status == STATUS_NO_MEMORY:
+            raise MemoryError("the native kernels could not allocate scratch memory")
+        if status == STATUS_NO_DATA:
+            raise ValueError(
+                "a tensor has no memory of its own (torch._efficientzerotensor); expected one that has: clone it"
+            )
+        raise AssertionError(f"the native kernels refused their arguments (status {status})")
+
+
+class NativeKernels(NativeFunctions):
+    """Those of an op over trees.
+
+    A subclass also names the deepest tree they take (`max_depth`) and what they call the paths they are given
+    (`paths`).
+    """
+
+    max_depth: int
+    paths: str
+    max_backward_rows = 2**31 - 1  # row numbers are int32; forward counts them in each of its chunks
+
+    def supports(
+        self, x: Tensor, weight_in: Tensor, weight_out: Tensor, trees: int, depth: int, activation: str
+    ) -> str | None:
+        reason = super().supports(x)
+        if reason is not None:
+            return reason
+        if not (weight_in.is_cpu and weight_out.is_cpu):
+            return f"it runs on the CPU, not on {weight_in.device}"
+        return None if depth <= self.max_depth else f"depth is {depth}; at most {self.max_depth}"
 
     def run_forward(
         self, tensors: Sequence[Tensor | None], out_width: int, saved: Sequence[Tensor], sizes: tuple, activation: str
@@ -151,15 +195,9 @@ class NativeKernels:
         ]
 
     def _raise_status(self, status: int) -> None:
-        if status == STATUS_NO_MEMORY:
-            raise MemoryError("the native kernels could not allocate scratch memory")
         if status == STATUS_BAD_PATH:
             raise ValueError(f"{self.paths} from the root to a leaf, as the op's forward returns them")
-        if status == STATUS_NO_DATA:
-            raise ValueError(
-                "a tensor has no memory of its own (torch._efficientzerotensor); expected one that has: clone it"
-            )
-        raise AssertionError(f"the native kernels refused their arguments (status {status})")
+        super()._raise_status(status)
 
 
 def check_saved(

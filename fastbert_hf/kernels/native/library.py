@@ -5,14 +5,14 @@ import functools
 import os
 import struct
 from collections.abc import Callable, Sequence
-from ctypes import c_char_p, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 
 import torch
 
 # avx512_bf16, avx512, avx2 or generic; by default the best that the CPU and the build have
 INSTRUCTION_SET_VARIABLE = "FASTBERT_NATIVE_ISA"
-ABI_VERSION = 4
+ABI_VERSION = 5
 NO_RUNTIME, FORKED = 1, 2  # states of fff_threads_state
 FOLDER = Path(__file__).resolve().parent
 
@@ -24,6 +24,24 @@ LEAF_FORWARD_ARGUMENTS = [c_void_p] * 12 + [c_int64] * 5 + [c_int] * 4
 LEAF_BACKWARD_ARGUMENTS = [c_void_p] * 17 + [c_int64] * 5 + [c_int] * 4
 INT8_FORWARD_ARGUMENTS = [c_void_p] * 8 + [c_int64] * 4 + [c_int] * 4
 INT8_LEAF_FORWARD_ARGUMENTS = [c_void_p] * 15 + [c_int64] * 5 + [c_int] * 4
+INT8_LINEAR_ARGUMENTS = [c_void_p] * 6 + [c_int64] * 3 + [c_int] * 2
+# pointers, then sizes (B, T, heads, d), then the scale, dtype, threads
+ATTENTION_ARGUMENTS = [c_void_p] * 3 + [c_int64] * 4 + [c_double] + [c_int] * 2
+INT8_ATTENTION_ARGUMENTS = [c_void_p] * 11 + [c_int64] * 4 + [c_double] + [c_int] * 2
+# pointers, then sizes (N, H), then epsilon, dtype, threads
+ADD_NORM_ARGUMENTS = [c_void_p] * 5 + [c_int64] * 2 + [c_double] + [c_int] * 2
+FUNCTIONS = {
+    "fff_forward": FORWARD_ARGUMENTS,
+    "fff_backward": BACKWARD_ARGUMENTS,
+    "fff_leaf_forward": LEAF_FORWARD_ARGUMENTS,
+    "fff_leaf_backward": LEAF_BACKWARD_ARGUMENTS,
+    "fff_int8_forward": INT8_FORWARD_ARGUMENTS,
+    "fff_int8_leaf_forward": INT8_LEAF_FORWARD_ARGUMENTS,
+    "fff_int8_linear": INT8_LINEAR_ARGUMENTS,
+    "fff_attention": ATTENTION_ARGUMENTS,
+    "fff_int8_attention": INT8_ATTENTION_ARGUMENTS,
+    "fff_add_norm": ADD_NORM_ARGUMENTS,
+}
 
 
 class LibraryError(RuntimeError):
@@ -47,17 +65,11 @@ def _open_library() -> ctypes.CDLL:
         raise LibraryError(
             f"{path} has ABI version {version}, this package wants {ABI_VERSION}; install the package again"
         )
-    library.fff_forward.argtypes = FORWARD_ARGUMENTS
-    library.fff_backward.argtypes = BACKWARD_ARGUMENTS
-    library.fff_leaf_forward.argtypes = LEAF_FORWARD_ARGUMENTS
-    library.fff_leaf_backward.argtypes = LEAF_BACKWARD_ARGUMENTS
-    library.fff_leaf_forward.restype = library.fff_leaf_backward.restype = c_int
-    library.fff_int8_leaf_forward.argtypes = INT8_LEAF_FORWARD_ARGUMENTS
-    library.fff_int8_forward.argtypes = INT8_FORWARD_ARGUMENTS
-    library.fff_int8_forward.restype = library.fff_int8_leaf_forward.restype = c_int
-    library.fff_forward.restype = library.fff_backward.restype = c_int
-    library.fff_forward_packed.argtypes = library.fff_leaf_forward_packed.argtypes = [c_char_p]
-    library.fff_int8_forward_packed.argtypes = library.fff_int8_leaf_forward_packed.argtypes = [c_char_p]
+    for name, arguments in FUNCTIONS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, c_int
+        if hasattr(library, f"{name}_packed"):
+            getattr(library, f"{name}_packed").argtypes = [c_char_p]
     library.fff_instruction_set.restype = c_char_p
     library.fff_int8_products.restype = c_char_p
     library.fff_threads_state.restype = c_int

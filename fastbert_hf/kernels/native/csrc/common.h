@@ -66,6 +66,36 @@ struct LeafBackwardTensors {
       *grad_bias_out;  // null where not wanted
 };
 
+// Self-attention. Shapes: query_key_value (B, T, 3, heads, head_dim), visible (B, T) bytes or null, y (B, T, heads,
+// head_dim).
+struct AttentionShape {
+  int64_t texts, tokens, heads, head_dim;
+  float scale;
+  int threads;
+
+  int64_t products() const { return 2 * texts * heads * tokens * tokens * head_dim; }
+};
+
+struct AttentionTensors {
+  const void* query_key_value;
+  const uint8_t* visible;
+  void* y;
+};
+
+// A residual connection and a layer norm. Shapes: x, y and out (N, H), weight and bias (H). out may be y.
+struct NormShape {
+  int64_t num_rows, width;
+  float epsilon;
+  int threads;
+};
+
+struct NormTensors {
+  const float* x;
+  const void* y;
+  const float *weight, *bias;
+  float* out;
+};
+
 enum Status { kDone = 0, kNoMemory = 1, kBadPath = 2, kBadArgument = 3, kNoData = 4 };
 
 }  // namespace fff
@@ -82,6 +112,8 @@ struct Kernels {
   Status (*leaf_forward[2])(const LeafShape&, const LeafForwardTensors&);
   Status (*leaf_backward[2])(const LeafShape&, const LeafBackwardTensors&);
   Int8Kernels int8;
+  Status (*attention[2])(const AttentionShape&, const AttentionTensors&);
+  Status (*add_norm[2])(const NormShape&, const NormTensors&);  // by the element type of y
 };
 
 // Calls task(context, index, worker) for every index below `count`, on up to `threads` threads of torch's OpenMP

@@ -58,6 +58,37 @@ struct Int8Tensors {
   int32_t* visited;  // or null
 };
 
+// A linear layer. Shapes: x (N, H), weight (H_out, H) packed, scale, sum and bias (H_out), y (N, H_out).
+struct LinearShape {
+  int64_t num_rows, in_width, out_width;
+  int threads;
+};
+
+struct Int8LinearTensors {
+  const void* x;
+  const int8_t* weight;
+  const float* scale;
+  const int32_t* sum;
+  const float* bias;  // or null
+  void* y;
+};
+
+// Self-attention between two linear layers. Shapes: x and y (B, T, H), visible (B, T) bytes or null, weight_in (3 H,
+// H) and weight_out (H, H) packed, the rest as for linear layers.
+struct Int8AttentionTensors {
+  const void* x;
+  const uint8_t* visible;
+  const int8_t* weight_in;
+  const float* scale_in;
+  const int32_t* sum_in;
+  const float* bias_in;  // or null
+  const int8_t* weight_out;
+  const float* scale_out;
+  const int32_t* sum_out;
+  const float* bias_out;  // or null
+  void* y;
+};
+
 // out[t * stride + r] = sum over k of a[t][k] * b[r][k] for t < count and r < rows. Rows of `a` have 4 * groups
 // values, b is packed from its first row on, and rows of `out` have room for whole blocks.
 struct Int8Product {
@@ -77,6 +108,8 @@ struct Int8Kernels {
   Int8Products products;
   Status (*forward[2])(const Shape&, const Int8Tensors&);
   Status (*leaf_forward[2])(const LeafShape&, const Int8LeafTensors&, Int8Products);
+  Status (*linear[2])(const LinearShape&, const Int8LinearTensors&, Int8Products);
+  Status (*attention[2])(const AttentionShape&, const Int8AttentionTensors&, Int8Products);
 };
 
 }  // namespace fff

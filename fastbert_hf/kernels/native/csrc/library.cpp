@@ -125,6 +125,15 @@ bool in_range(const LeafShape& s, int dtype) {
          s.depth <= 24 && s.activation >= 0 && s.activation <= 3 && s.threads >= 1 && (dtype == 0 || dtype == 1);
 }
 
+bool in_range(const AttentionShape& s, int dtype) {
+  return s.texts >= 1 && s.tokens >= 1 && s.heads >= 1 && s.head_dim >= 1 && s.threads >= 1 &&
+         (dtype == 0 || dtype == 1);
+}
+
+int useful_threads(int threads, int64_t products) {
+  return (int)max64(1, min64(threads, products / kProductsPerThread));
+}
+
 // Tensors without memory of their own (zeros that torch has not written yet) have null pointers.
 bool missing(const void* tensor, int64_t count) { return count > 0 && !tensor; }
 
@@ -176,7 +185,7 @@ void sort_by_key(int32_t* rows, int32_t* spare, int64_t count, const uint32_t* k
 #define FFF_API extern "C" __attribute__((visibility("default")))
 
 // Raised with every change of a function's arguments: the loader refuses a library built from other sources.
-FFF_API int fff_abi_version() { return 4; }
+FFF_API int fff_abi_version() { return 5; }
 
 FFF_API void fff_set_parallel_region(void* gomp_parallel) {
   memcpy(&fff::parallel_region, &gomp_parallel, sizeof gomp_parallel);
@@ -288,6 +297,42 @@ FFF_API int fff_leaf_forward_packed(const int64_t* a) {
   return fff_leaf_forward(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), (int32_t*)at(8), (int32_t*)at(9),
                           (float*)at(10), (float*)at(11), a[12], a[13], a[14], a[15], a[16], (int)a[17], (int)a[18],
                           (int)a[19], (int)a[20]);
+}
+
+FFF_API int fff_attention(const void* query_key_value, const uint8_t* visible, void* y, int64_t texts, int64_t tokens,
+                          int64_t heads, int64_t head_dim, double scale, int dtype, int threads) {
+  fff::AttentionShape shape = {texts, tokens, heads, head_dim, (float)scale, threads};
+  if (!fff::in_range(shape, dtype)) return fff::kBadArgument;
+  if (!query_key_value || !y) return fff::kNoData;
+  shape.threads = fff::useful_threads(threads, shape.products());
+  fff::expect_writes(y, texts * tokens * heads * head_dim * (dtype == 0 ? 4 : 2));
+  return fff::chosen->attention[dtype](shape, {query_key_value, visible, y});
+}
+
+// As fff_forward_packed; the scale is the bits of a double.
+FFF_API int fff_attention_packed(const int64_t* a) {
+  auto at = [a](int i) { return (void*)(intptr_t)a[i]; };
+  double scale;
+  memcpy(&scale, a + 7, sizeof scale);
+  return fff_attention(at(0), (uint8_t*)at(1), at(2), a[3], a[4], a[5], a[6], scale, (int)a[8], (int)a[9]);
+}
+
+FFF_API int fff_add_norm(const float* x, const void* y, const float* weight, const float* bias, float* out,
+                         int64_t num_rows, int64_t width, double epsilon, int dtype, int threads) {
+  fff::NormShape shape = {num_rows, width, (float)epsilon, threads};
+  if (num_rows < 1 || width < 1 || threads < 1 || (dtype != 0 && dtype != 1)) return fff::kBadArgument;
+  if (!x || !y || !weight || !bias || !out) return fff::kNoData;
+  shape.threads = fff::useful_threads(threads, num_rows * width);
+  return fff::chosen->add_norm[dtype](shape, {x, y, weight, bias, out});
+}
+
+// As fff_forward_packed; the smallest variance is the bits of a double.
+FFF_API int fff_add_norm_packed(const int64_t* a) {
+  auto at = [a](int i) { return (void*)(intptr_t)a[i]; };
+  double epsilon;
+  memcpy(&epsilon, a + 7, sizeof epsilon);
+  return fff_add_norm((float*)at(0), at(1), (float*)at(2), (float*)at(3), (float*)at(4), a[5], a[6], epsilon,
+                      (int)a[8], (int)a[9]);
 }
 
 #include "int8_api.h"

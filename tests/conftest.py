@@ -21,6 +21,7 @@ import torch  # noqa: E402
 LONGEST_FIRST = (  # files that would keep one worker busy after all others, were they last
     "tests/kernels/test_triton.py",
     "tests/training/pretraining/test_processes.py",
+    "tests/pages/test_pages.py",
     "tests/kernels/test_native_sanitize.py",
     "tests/clients/test_compile.py",
     "tests/scripts/test_scripts.py",

@@ -1,6 +1,7 @@
 """What a subclass of Trainer overrides, checked against the installed transformers before it is relied on."""
 
 import dis
+import functools
 import inspect
 from collections.abc import Iterator
 from types import CodeType
@@ -24,7 +25,7 @@ def check_hooks(subclass: type[Trainer], trainer: type[Trainer] = Trainer) -> No
     Raises:
         ValueError: naming what is gone, and the version of transformers.
     """
-    used = set(_names_used(trainer))
+    used = _names_used(trainer)
     gone = [name for name in subclass.HOOKS if not hasattr(trainer, name) or name not in used]
     gone += [name for name in subclass.SETTINGS if name not in used]
     if gone:
@@ -34,12 +35,12 @@ def check_hooks(subclass: type[Trainer], trainer: type[Trainer] = Trainer) -> No
         )
 
 
-def _names_used(trainer: type[Trainer]) -> Iterator[str]:
+@functools.cache  # a command that fine-tunes many times asks each time
+def _names_used(trainer: type[Trainer]) -> frozenset[str]:
     """Every attribute that the methods of a class read."""
-    for member in vars(trainer).values():
-        function = inspect.unwrap(member) if callable(member) else member
-        if inspect.isfunction(function):
-            yield from _attributes_read(function.__code__)
+    members = (inspect.unwrap(member) if callable(member) else member for member in vars(trainer).values())
+    functions = filter(inspect.isfunction, members)
+    return frozenset(name for function in functions for name in _attributes_read(function.__code__))
 
 
 def _attributes_read(code: CodeType) -> Iterator[str]:

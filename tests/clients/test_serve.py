@@ -4,6 +4,8 @@ import http.client
 import importlib.util
 import json
 import os
+import re
+import shlex
 import socket
 import statistics
 import threading
@@ -18,6 +20,7 @@ import torch
 import fastbert_hf
 from fastbert_hf import FastBertForSequenceClassification, FastBertModel
 from tests.clients.helpers import WORDS, tiny_model
+from tests.pages.pages import NOT_RUN, beginning, run, steps
 
 pytest.importorskip("fastapi")
 sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -207,3 +210,21 @@ def test_a_prepared_model_answers_as_it_does_without_a_server(embedder_folder, d
         assert Client(port).ask("/info")[1]["model_dtype"] == dtype
     assert status == 200
     numpy.testing.assert_allclose(answer[0], embedder.encode("the tree walks left ."), rtol=1e-5, atol=1e-6)
+
+
+def test_the_commands_of_the_page_work(embedder_folder, tmp_path, monkeypatch):
+    """Those of docs/serve-http.md; a free port takes the place of the page's."""
+    install, serve, curl = steps("docs/serve-http.md")
+    assert beginning(install, NOT_RUN)
+    os.rename(embedder_folder, tmp_path / "MODEL_FOLDER")
+    (tmp_path / "examples").symlink_to(EXAMPLE.parent)
+    monkeypatch.chdir(tmp_path)
+    started = {}
+    monkeypatch.setattr(uvicorn, "run", lambda application, host, port: started.update({f"{port}": application}))
+    run(serve)
+    program, address, *header, data, body = shlex.split(curl.text)
+    assert (program, header, data) == ("curl", ["-H", "Content-Type: application/json"], "-d")
+    host, port, path = re.fullmatch(r"(\w+):(\d+)(/\w+)", address).groups()
+    with running(started[port]) as free:
+        status, answer = Client(free).ask(path, raw=body)
+    assert host == "localhost" and status == 200 and len(answer) == len(json.loads(body)["inputs"]) == 2

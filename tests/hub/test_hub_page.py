@@ -1,6 +1,5 @@
 """The commands of the page on the Hub, in their order, as they stand."""
 
-import re
 import shlex
 import subprocess
 import sys
@@ -10,15 +9,10 @@ import pytest
 from tests.clients.helpers import BLOCK_PACKAGE
 from tests.hub.conftest import ROOT, hub_environment, published_files
 from tests.hub.loopback import YOU
+from tests.pages.pages import steps
 from tests.processes import CHILD_SECONDS
 
 SCRIPTS = {"pull": "pull_from_hub", "push": "push_to_hub"}  # they call what the commands call
-
-
-def commands() -> list[list[str]]:
-    page = (ROOT / "docs" / "hub.md").read_text()
-    (block,) = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
-    return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
 
 
 @pytest.mark.slow
@@ -27,7 +21,8 @@ def test_the_commands_of_the_page_work_in_their_order(client, hub, tmp_path):
     printed = []
     client.python(f"import os; os.chdir({str(tmp_path)!r})")
     try:
-        for program, name, *arguments in commands():
+        for step in steps("docs/hub.md"):
+            program, name, *arguments = shlex.split(step.text)
             if (program, name) == ("python", "-c"):
                 (code,) = arguments
                 environment = hub_environment(hub.url, tmp_path / "home", YOU)

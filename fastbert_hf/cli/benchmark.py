@@ -14,6 +14,7 @@ import torch
 
 from fastbert_hf.benchmarks.machine import describe
 from fastbert_hf.benchmarks.serving.section import ServingOptions
+from fastbert_hf.benchmarks.serving.subjects import GEOMETRIES
 from fastbert_hf.benchmarks.suite import PLOTS, QUICK_SECTIONS, SECTIONS, Options, run
 from fastbert_hf.cli.arguments import CommandParser
 from fastbert_hf.extras import require_extra
@@ -34,6 +35,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     serving.add_argument("--eval_file", help="labelled pairs of texts: quality beside speed")
     serving.add_argument("--sentences", help="text file, a sentence a line, to time; default: those of eval_file")
     serving.add_argument("--entries", default="", help="a regular expression: those alone whose names match")
+    serving.add_argument(
+        "--geometries", nargs="+", default=[], choices=GEOMETRIES, help="of random weights; default: all"
+    )
     arguments = parser.parse_args(argv)
     if bool(arguments.trained_model) != bool(arguments.text):
         parser.error("--trained_model and --text go together")
@@ -41,6 +45,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--runs, --eval_file and --sentences need --original")
     if arguments.original and not (arguments.eval_file or arguments.sentences):
         parser.error("--original needs --eval_file or --sentences: texts to time with")
+    if arguments.original and arguments.geometries:
+        parser.error("--geometries are of random weights; --original is a model")
     return arguments
 
 
@@ -58,9 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         require_extra("bench", "matplotlib")
     if arguments.fresh:
         shutil.rmtree(arguments.output_dir, ignore_errors=True)
-    serving = ServingOptions(
-        arguments.original, arguments.runs, arguments.eval_file, arguments.sentences, arguments.entries
-    )
+    names = ("original", "runs", "eval_file", "sentences", "entries", "geometries")
+    serving = ServingOptions(**{name: getattr(arguments, name) for name in names})
     options = Options(threads, sections, arguments.quick, arguments.trained_model, arguments.text, serving)
     machine = describe(threads)
     print(machine, flush=True)

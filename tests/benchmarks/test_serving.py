@@ -301,6 +301,7 @@ def test_every_subject_is_measured_with_every_thread_count(monkeypatch, tmp_path
     monkeypatch.setattr(Measurement, "groups", lambda self, entries, *numbers: asked.append(numbers) or [[], []])
     assert len(list(section.serving_rows(ServingOptions(), [1, 2], False, print))) == 8
     assert asked == [(1, 2), (2, 2)] * 2
+    assert len(list(section.serving_rows(ServingOptions(geometries=["b"]), [1], False, print))) == 2
 
 
 def test_entries_are_chosen_by_name_beside_the_baseline(monkeypatch):
@@ -315,7 +316,15 @@ def test_entries_are_chosen_by_name_beside_the_baseline(monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("argv", [["--runs", "a"], ["--eval_file", "a"], ["--original", "a"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--runs", "a"],
+        ["--eval_file", "a"],
+        ["--original", "a"],
+        ["--original", "a", "--eval_file", "a", "--geometries", "BERT-base"],
+    ],
+)
 def test_options_that_need_each_other_say_so(argv):
     with pytest.raises(ValueError, match="--original"):
         parse(argv)

@@ -21,6 +21,7 @@ class ServingOptions:
         runs: folders of models distilled from it. eval_file: labelled pairs of texts, for quality beside speed.
         sentences: a text file, a sentence a line, for the case of mixed lengths and for calibration.
         entries: a regular expression that the names of entries match; the baseline is always there.
+        geometries: those of `GEOMETRIES` that are measured where there is no original; default: all, or one if quick.
     """
 
     original: str | None = None
@@ -28,6 +29,7 @@ class ServingOptions:
     eval_file: str | None = None
     sentences: str | None = None
     entries: str = ""
+    geometries: list[str] = field(default_factory=list)
 
 
 def serving_rows(
@@ -52,7 +54,7 @@ def serving_rows(
 
 def _subjects(options: ServingOptions, quick: bool, folder: Path) -> Iterator[Subject]:
     if options.original is None:
-        for geometry in list(GEOMETRIES)[: 1 if quick else None]:
+        for geometry in options.geometries or list(GEOMETRIES)[: 1 if quick else None]:
             yield random_subject(geometry, folder / geometry, quick)
         return
     texts = None

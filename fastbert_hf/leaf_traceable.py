@@ -38,29 +38,29 @@ class TilesByLeaf:
     """The rows of one tree in tiles of R = N / m + 4 rows of one leaf, filled up with zeros.
 
     Args:
-        leaves: (N,) int64, the leaf of each row, 0 to num_leaves - 1.
+        leaves: (N,) int64, the leaf of each row, among those of all trees. tree: whose they are.
     Attributes:
-        leaf: (T,) int64, the leaf of each tile, T <= N / R + m; the slice of all leaves where there is only one.
+        leaf: (T,) int64, the leaf of each tile, T <= N / R + m; where there is only one, a slice.
         rows: (T, R) int64, the row at each place of a tile; N where there is none.
         slot: (N,) int64, the place of each row among the T * R.
     """
 
-    def __init__(self, leaves: Tensor, num_leaves: int):
-        self.leaf = slice(None)
+    def __init__(self, leaves: Tensor, tree: int, num_leaves: int):
+        self.leaf = slice(tree, tree + 1)
         if num_leaves == 1:
             return
         num_rows, device = leaves.shape[0], leaves.device
         in_tile = torch.arange(num_rows // num_leaves + EXTRA_ROWS, device=device)  # (R,)
         size = in_tile[-1] + 1  # a tensor: exporters have no remainder by a size
-        leaves, order = leaves.sort()
+        leaves, order = (leaves - tree * num_leaves).sort()
         counts = torch.zeros(num_leaves, dtype=leaves.dtype, device=device)
         ends = counts.scatter_add(0, leaves, torch.ones_like(leaves)).cumsum(0)
         begins = torch.cat([ends.new_zeros(1), ends[:-1]])
         place = (torch.arange(num_rows, device=device) - begins[leaves]) % size  # of each sorted row in its tile
         first = (place == 0).nonzero().squeeze(1)  # (T,) sorted rows
-        self.leaf = leaves[first]
         sorted_rows = first.unsqueeze(1) + in_tile  # (T, R)
-        filled = sorted_rows < ends[self.leaf].unsqueeze(1)
+        filled = sorted_rows < ends[leaves[first]].unsqueeze(1)
+        self.leaf = leaves[first] + tree * num_leaves
         order_and_zero = torch.cat([order, order.new_full((1,), num_rows)])
         self.rows = order_and_zero[torch.where(filled, sorted_rows, num_rows)]  # (T, R), N for the row of zeros
         slot = ((place == 0).cumsum(0) - 1) * size + place
@@ -89,16 +89,16 @@ def leaf_traceable(
     """Arguments as `leaf_reference.leaf_forward` -> y (N, H_out)."""
     dtype, num_leaves = accumulation_dtype(x.dtype), leaves_per_tree(depth)
     width, out_width = weight_in.shape[0] // (trees * num_leaves), weight_out.shape[1]
-    weight_in = weight_in.view(trees, num_leaves, width, x.shape[1]).mT  # (P, m, H, w)
-    weight_out = weight_out.view(trees, num_leaves, width, out_width)  # (P, m, w, H_out)
+    weight_in = weight_in.view(-1, width, x.shape[1])  # (P * m, w, H)
+    weight_out = weight_out.view(-1, width, out_width)  # (P * m, w, H_out)
     y = torch.zeros(x.shape[0], out_width, dtype=dtype, device=x.device)
     for tree in range(trees):
         leaf, c = traceable_route(x, router, threshold, tree, depth)
-        tiles = TilesByLeaf(leaf - tree * num_leaves, num_leaves)
-        logits = tiles.products(x.to(dtype), weight_in[tree][tiles.leaf].to(dtype))  # (N, w)
+        tiles = TilesByLeaf(leaf, tree, num_leaves)
+        logits = tiles.products(x.to(dtype), weight_in[tiles.leaf].mT.to(dtype))  # (N, w)
         if bias_in is not None:
             logits = logits + bias_in.view(-1, width)[leaf]
-        out = tiles.products(ACTIVATIONS[activation](logits), weight_out[tree][tiles.leaf].to(dtype))
+        out = tiles.products(ACTIVATIONS[activation](logits), weight_out[tiles.leaf].to(dtype))
         if bias_out is not None:
             out = out + bias_out[leaf]
         y = y + c.unsqueeze(1) * out

@@ -226,14 +226,13 @@ def leaf_trees_int8_traceable(call: QuantizedLeafCall) -> Tensor:
     x, router, threshold, input_scale, weight_in, scale_in, _, bias_in, weight_out, scale_out, _, bias_out = call[:-3]
     trees, depth, activation = call[-3:]
     width, out_width, num_leaves = scale_in.shape[0] // weight_in.shape[0], scale_out.shape[1], leaves_per_tree(depth)
-    of_trees_in, of_trees_out = (weight.unflatten(0, (trees, num_leaves)) for weight in (weight_in, weight_out))
     q, scale, zero = quantize_rows(x.float() * input_scale)
     y = torch.zeros(x.shape[0], out_width, dtype=torch.float32, device=x.device)
     for tree in range(trees):
         leaf, c = traceable_route(x.float(), router, threshold, tree, depth)
-        tiles = TilesByLeaf(leaf - tree * num_leaves, num_leaves)
-        tile_in = unpack(of_trees_in[tree][tiles.leaf], width, x.shape[1]).mT.double()  # (T, H, w)
-        tile_out = unpack(of_trees_out[tree][tiles.leaf], out_width, width).mT.double()  # (T, w, H_out)
+        tiles = TilesByLeaf(leaf, tree, num_leaves)
+        tile_in = unpack(weight_in[tiles.leaf], width, x.shape[1]).mT.double()  # (T, H, w)
+        tile_out = unpack(weight_out[tiles.leaf], out_width, width).mT.double()  # (T, w, H_out)
         out = _leaf_outputs(
             q - zero, scale, leaf, (scale_in.view(-1, width), bias_in, scale_out, bias_out), activation,
             tiles.products, tile_in, tile_out,

@@ -227,17 +227,18 @@ def test_products_are_grouped_where_rows_are_whole_16_bytes(dtype, widths, expec
 @pytest.mark.parametrize("num_rows", [0, 1, 7, 300])
 def test_tiles_hold_every_row_once_beside_rows_of_its_leaf(num_rows, num_leaves, taken):
     leaves = torch.randint(taken, (num_rows,), generator=torch.Generator().manual_seed(0))
-    tiles = TilesByLeaf(leaves, num_leaves)
+    tiles = TilesByLeaf(leaves + 2 * num_leaves, 2, num_leaves)
     num_tiles, size = tiles.rows.shape
     assert num_tiles <= min(num_rows, num_rows // size + taken), "weights are gathered once a tile"
     assert num_tiles * size <= num_rows + taken * size, "few places are empty"
     assert torch.equal(tiles.rows.flatten()[tiles.slot], torch.arange(num_rows))
     assert (tiles.rows == num_rows).sum() == tiles.rows.numel() - num_rows
     tile_of_row = tiles.slot // size
-    assert torch.equal(tiles.leaf[tile_of_row], leaves)
+    assert torch.equal(tiles.leaf[tile_of_row], leaves + 2 * num_leaves)
     vectors, weight = torch.randn(num_rows, 3), torch.randn(num_leaves, 3, 5)
     expected = (vectors.unsqueeze(1) @ weight[leaves]).squeeze(1)
-    torch.testing.assert_close(tiles.products(vectors, weight[tiles.leaf]), expected)
+    found = tiles.products(vectors, weight[tiles.leaf - 2 * num_leaves])
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_row_of_nan_leaves_the_traceable_gradients_of_other_leaves_alone():

@@ -22,7 +22,8 @@ from torch import Tensor
 from .backends_fastbert import PlainBackend, backend_for, register_backends
 from .dispatch_fastbert import TreeOp, is_exporting, refuse_forward_mode, register, runs_directly
 from .fff_reference import accumulation_dtype
-from .leaf_reference import check_leaf_arguments, leaf_backward, leaf_forward, leaf_traceable
+from .leaf_reference import check_leaf_arguments, leaf_backward, leaf_forward
+from .leaf_traceable import leaf_traceable
 
 
 class LeafReferenceBackend(PlainBackend):

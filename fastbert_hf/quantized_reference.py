@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from .fff_reference import ACTIVATIONS, gathered_sum, parameter_rows, step_down, walk
-from .leaf_reference import RowsByLeaf, confidence_of, find_routes, leaves_per_tree, traceable_route
+from .leaf_reference import RowsByLeaf, confidence_of, find_routes, leaves_per_tree
+from .leaf_traceable import TilesByLeaf, traceable_route
 from .quantized_weights import padded_columns, quantize_rows, unpack
 
 MAX_INT8_WIDTH = (2**31 - 1) // (255 * 127)  # of rows whose products are summed in int32: 66311
@@ -191,11 +192,6 @@ def _leaf_outputs(
     return out if bias_out is None else out + bias_out[leaf]
 
 
-def _own_products(rows: Tensor, weights: Tensor) -> Tensor:
-    """Products of each row (N, K) with a matrix of its own (N, M, K): (N, M)."""
-    return (weights @ rows.unsqueeze(-1)).squeeze(-1)
-
-
 def leaf_trees_int8_forward(call: QuantizedLeafCall) -> tuple[Tensor, Tensor, Tensor]:
     """Route every row to one leaf of every tree and sum what the leaves say, scaled by the confidence.
 
@@ -226,19 +222,20 @@ def leaf_trees_int8_forward(call: QuantizedLeafCall) -> tuple[Tensor, Tensor, Te
 
 
 def leaf_trees_int8_traceable(call: QuantizedLeafCall) -> Tensor:
-    """The same from ATen operations every exporter knows: -> y (N, H_out). Every row gathers its leaves' weights."""
+    """The same from ATen operations every exporter knows: -> y (N, H_out)."""
     x, router, threshold, input_scale, weight_in, scale_in, _, bias_in, weight_out, scale_out, _, bias_out = call[:-3]
     trees, depth, activation = call[-3:]
-    width, out_width = scale_in.shape[0] // weight_in.shape[0], scale_out.shape[1]
+    width, out_width, num_leaves = scale_in.shape[0] // weight_in.shape[0], scale_out.shape[1], leaves_per_tree(depth)
     q, scale, zero = quantize_rows(x.float() * input_scale)
     y = torch.zeros(x.shape[0], out_width, dtype=torch.float32, device=x.device)
     for tree in range(trees):
         leaf, c = traceable_route(x.float(), router, threshold, tree, depth)
-        own_in = unpack(weight_in[leaf], width, x.shape[1]).double()  # (N, w, H), of each row's leaf
-        own_out = unpack(weight_out[leaf], out_width, width).double()  # (N, H_out, w)
+        tiles = TilesByLeaf(leaf, tree, num_leaves)
+        tile_in = unpack(weight_in[tiles.leaf], width, x.shape[1]).mT.double()  # (T, H, w)
+        tile_out = unpack(weight_out[tiles.leaf], out_width, width).mT.double()  # (T, w, H_out)
         out = _leaf_outputs(
             q - zero, scale, leaf, (scale_in.view(-1, width), bias_in, scale_out, bias_out), activation,
-            _own_products, own_in, own_out,
+            tiles.products, tile_in, tile_out,
         )  # fmt: skip
         y = y + c.unsqueeze(1) * out
     return y.to(x.dtype)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastbert_hf import FastFeedForward, LeafFeedForward, fff, leaf_trees
 from fastbert_hf.fff_reference import fff_traceable, nodes_per_tree
-from fastbert_hf.leaf_reference import leaf_traceable
+from fastbert_hf.leaf_traceable import leaf_traceable
 from tests.oracle import dense_and_mask, dense_leaves, path_logits
 
 MARGIN = 1e-4  # of every decision, and between the two least certain ones of a leaf tree

@@ -12,6 +12,7 @@ LEVELS = [
     (
         "fff_reference",
         "leaf_reference",
+        "leaf_traceable",
         "quantized_weights",
         "quantized_reference",
         "encoder_reference",
@@ -58,6 +59,7 @@ BUNDLE = [
     "leaf_layer",
     "leaf_op",
     "leaf_reference",
+    "leaf_traceable",
     "modeling_fastbert",
     "pretrained_fastbert",
     "quantized_layer",

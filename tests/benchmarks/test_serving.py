@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import fastbert_hf
 from fastbert_hf.benchmarks.serving import engines, section, subjects
@@ -219,6 +219,29 @@ def test_onnx_runtime_gives_torchs_output_at_every_shape(bert, tmp_path, engine)
         wanted, value = (worker.hidden()[case.mask.bool()] for worker in workers)
         torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-4)
         assert 0 < (rounded.hidden()[case.mask.bool()] - wanted).abs().max() < 0.5
+
+
+@needs("onnx", "onnxruntime")
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_int8_takes_every_product_and_the_embeddings(bert, tmp_path):
+    """What optimum's avx512_vnni leaves to ONNX Runtime's defaults."""
+    import onnx
+
+    graph = onnx.load(engines.onnx_int8_file(engines.onnx_file(job(bert, tmp_path)))).graph
+    assert not any(node.op_type == "MatMul" for node in graph.node)
+    products = [node for node in graph.node if node.op_type == "MatMulInteger"]
+    assert len(products) == TINY["num_hidden_layers"] * 8  # six with weights, two of activations
+    (words,) = (tensor for tensor in graph.initializer if list(tensor.dims) == [100, TINY["hidden_size"]])
+    assert words.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+
+
+def test_calibration_texts_are_padded_to_one_length(bert, tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two"]
+    tokenizer = BertTokenizerFast(vocab={word: index for index, word in enumerate(words)})
+    tokenizer.save_pretrained(bert)
+    subject = subjects.trained_subject(str(bert), [], None, ["one two", "one"], True, 2)
+    assert [ids.shape for ids, _ in subject.calibration] == [(1, engines.CALIBRATION_TOKENS)] * 2
+    assert [mask.sum().item() for _, mask in subject.calibration] == [4, 3]
 
 
 @needs("openvino", "nncf")

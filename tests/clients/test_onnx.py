@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.export import Dim
 
-from fastbert_hf import FastBertForMaskedLM, FastBertForSequenceClassification, FastBertModel
+from fastbert_hf import FastBertForMaskedLM, FastBertForSequenceClassification, FastBertModel, LeafFeedForward
 from tests.clients.helpers import random_batch, run_without_package, tiny_model
 
 pytest.importorskip("onnx")
@@ -50,6 +50,26 @@ def padded_inputs(batch: int, length: int, with_mask: bool) -> dict[str, torch.T
     elif batch > 2:
         inputs["attention_mask"][-1] = 0
     return inputs
+
+
+@pytest.mark.filterwarnings("ignore:# The axis name")
+@pytest.mark.parametrize(("depth", "trees"), [(0, 2), (6, 1)], ids=str)
+@torch.no_grad()
+def test_leaf_trees_hold_their_weights_once_and_run_with_leaves_that_no_row_takes(tmp_path, depth, trees):
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    layer = LeafFeedForward(16, 16, depth, 8, trees, initializer_range=0.3).eval()
+    path, rows = tmp_path / "layer.onnx", Dim("rows", min=1, max=512)
+    torch.onnx.export(
+        layer, (torch.randn(5, 16),), dynamic_shapes=({0: rows},), dynamo=True, input_names=["x"], verbose=False
+    ).save(path)
+    held = sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in onnx.load(path).graph.initializer)
+    assert held <= 1.05 * sum(parameter.nbytes for parameter in layer.parameters())
+    session = onnxruntime.InferenceSession(path)
+    for num_rows in (1, 3, 400):
+        x = torch.randn(num_rows, 16)
+        (y,) = session.run(None, {"x": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(y), layer(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ import torch
 
 from fastbert_hf import leaf_op, leaf_reference, leaf_trees
 from fastbert_hf.backends_fastbert import BACKENDS, use_backend
-from fastbert_hf.leaf_reference import can_group, find_routes, leaf_backward, leaf_forward, leaf_traceable
+from fastbert_hf.leaf_reference import can_group, find_routes, leaf_backward, leaf_forward
+from fastbert_hf.leaf_traceable import TilesByLeaf, leaf_traceable
 from tests.forms import LEAVES, leaves_of, with_gradients
 from tests.oracle import dense_leaves
 
@@ -217,6 +218,37 @@ def test_products_are_grouped_where_rows_are_whole_16_bytes(dtype, widths, expec
     vectors, weight = torch.zeros(3, widths[0]), torch.zeros(4, *widths, dtype=dtype)
     assert not can_group(vectors, weight)  # a CPU
     assert can_group(vectors, OnGpu(weight)) == (expected and HAS_GROUPED_MM)
+
+
+# ---- products by tiles of rows, as exported programs do them ----
+
+
+@pytest.mark.parametrize(("num_leaves", "taken"), [(8, 8), (8, 1), (64, 3), (2, 2), (4096, 4096)], ids=str)
+@pytest.mark.parametrize("num_rows", [0, 1, 7, 300])
+def test_tiles_hold_every_row_once_beside_rows_of_its_leaf(num_rows, num_leaves, taken):
+    leaves = torch.randint(taken, (num_rows,), generator=torch.Generator().manual_seed(0))
+    tiles = TilesByLeaf(leaves + 2 * num_leaves, 2, num_leaves)
+    num_tiles, size = tiles.rows.shape
+    assert num_tiles <= min(num_rows, num_rows // size + taken), "weights are gathered once a tile"
+    assert num_tiles * size <= num_rows + taken * size, "few places are empty"
+    assert torch.equal(tiles.rows.flatten()[tiles.slot], torch.arange(num_rows))
+    assert (tiles.rows == num_rows).sum() == tiles.rows.numel() - num_rows
+    tile_of_row = tiles.slot // size
+    assert torch.equal(tiles.leaf[tile_of_row], leaves + 2 * num_leaves)
+    vectors, weight = torch.randn(num_rows, 3), torch.randn(num_leaves, 3, 5)
+    expected = (vectors.unsqueeze(1) @ weight[leaves]).squeeze(1)
+    found = tiles.products(vectors, weight[tiles.leaf - 2 * num_leaves])
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_row_of_nan_leaves_the_traceable_gradients_of_other_leaves_alone():
+    x, router, threshold, *leaf = leaves_of(3).inputs(20, 8, 8, 1, 3, dtype=torch.float32)
+    x[0] = torch.nan  # goes left: to leaf 0
+    call = with_gradients((x, router, threshold, *leaf))
+    leaf_traceable(*call, 1, 3, "gelu").square().sum().backward()
+    for weight in (call[3], call[5]):
+        by_leaf = weight.grad.view(8, -1)
+        assert by_leaf[0].isnan().all() and by_leaf[1:].isfinite().all()
 
 
 # ---- arguments ----

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from fastbert_hf.benchmarks.serving.cases import Case, fixed, mixed, sentences
+from fastbert_hf.benchmarks.serving.engines import CALIBRATION_TOKENS
 from fastbert_hf.benchmarks.serving.rows import ORIGINAL
 from fastbert_hf.checkpoint_fastbert import read_json
 from fastbert_hf.hub.card import SUMMARY
@@ -141,11 +142,13 @@ def trained_subject(
     vocabulary, longest = teacher.model.config.vocab_size, teacher.max_seq_length
     cases = [fixed(*shape, vocabulary) for shape in (QUICK_SHAPES if quick else SHAPES) if shape[1] <= longest]
     cases.append(sentences(texts, teacher.tokenizer, longest))
-    calibration = list(_one_by_one(texts[:calibration_texts], teacher, longest))
+    calibration = list(_padded(texts[:calibration_texts], teacher))
     return Subject(Path(name).resolve().name, models, cases, calibration, teacher, eval_file)
 
 
-def _one_by_one(texts: list[str], teacher: Teacher, longest: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _padded(texts: list[str], teacher: Teacher) -> Iterator[tuple[Tensor, Tensor]]:
+    """(ids, mask) of each text, all of one length, as sentence-transformers calibrates."""
+    length = min(CALIBRATION_TOKENS, teacher.model.config.max_position_embeddings)
     for text in texts:
-        case = sentences([text], teacher.tokenizer, longest)
-        yield case.ids, case.mask
+        batch = teacher.tokenizer(text, truncation=True, max_length=length, padding="max_length", return_tensors="pt")
+        yield batch["input_ids"], batch["attention_mask"]

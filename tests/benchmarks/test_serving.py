@@ -179,6 +179,15 @@ def test_groups_share_the_baseline_and_hold_few_models_at_a_time(subject, tmp_pa
     assert [row.entry for row in rows if row.case == "1 x 5"] == [entry.name for entry in entries]
 
 
+def test_entries_of_one_type_are_measured_in_the_same_minutes(subject, tmp_path):
+    dtypes = ("int8", "float32", "bfloat16", "int8", "float32")
+    others = [Entry(name, "FastBERT", dtype) for name, dtype in zip("abcde", dtypes)]
+    measurement = Measurement(subject, tmp_path, 1, print, Near)
+    measurement._group = lambda entries, *numbers: entries[1:]
+    (group,) = measurement.groups([*others, BASELINE], 1, 1)
+    assert [entry.model for entry in group] == ["b", "e", "c", "a", "d"]
+
+
 def test_the_entries_name_what_they_are(subject):
     names = [entry.name for entry in subject.entries()]
     assert len(set(names)) == len(names) and names[0] == "original, torch float32"

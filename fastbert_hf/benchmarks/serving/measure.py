@@ -13,7 +13,7 @@ from fastbert_hf import use_backend
 from fastbert_hf.benchmarks.serving.cases import Case
 from fastbert_hf.benchmarks.serving.engines import Job, Unavailable, fastbert, original
 from fastbert_hf.benchmarks.serving.rows import ORIGINAL, ServingRow, check, hidden_error
-from fastbert_hf.benchmarks.serving.subjects import BASELINE, HALF, NOTHING, Entry, Subject
+from fastbert_hf.benchmarks.serving.subjects import BASELINE, DTYPES, HALF, NOTHING, Entry, Subject
 from fastbert_hf.benchmarks.serving.worker import Worker
 from fastbert_hf.benchmarks.timing import BUSY_SHARE, BusyMeter, interleaved
 from fastbert_hf.training.distillation.scores import score
@@ -40,9 +40,11 @@ class Measurement:
         """Times of all entries with so many threads, some at a time; with one thread also what so many workers carry.
 
         The baseline is measured again with every group of entries that fit in memory together, so that a ratio is
-        one of the same minutes.
+        one of the same minutes. Entries of one type are in a group where they fit: they are what is compared.
         """
-        others = [entry for entry in entries if entry != BASELINE]
+        others = sorted(
+            (entry for entry in entries if entry != BASELINE), key=lambda entry: DTYPES.index(entry.dtype)
+        )
         for first in range(0, len(others), AT_A_TIME - 1):
             group = [BASELINE, *others[first : first + AT_A_TIME - 1]]
             found = self._group(group, threads, workers if threads == 1 else 1)

@@ -26,6 +26,7 @@ GEOMETRIES = {
 }
 LEAVES = ("leaf:5x96", "leaf:5x192")
 FORMS = {"MiniLM-L6": LEAVES, "BERT-base": (*LEAVES, "tree:1x11")}
+DTYPES = ("float32", "bfloat16", "int8")
 HALF, NOTHING = "half the layers", "no feed-forward"
 
 
@@ -77,21 +78,20 @@ class Subject:
 
     def entries(self, compiled: bool = True) -> list[Entry]:
         """What is measured, the baseline first."""
-        dtypes = ("float32", "bfloat16", "int8")
         found = [BASELINE, Entry(ORIGINAL, "torch", "bfloat16")]
         if compiled:
-            found += [Entry(ORIGINAL, "torch.compile", dtype) for dtype in dtypes[:2]]
+            found += [Entry(ORIGINAL, "torch.compile", dtype) for dtype in DTYPES[:2]]
         found.append(Entry(ORIGINAL, "torch dynamic int8", "int8"))
         found += [Entry(ORIGINAL, engine, "float32") for engine in ("ONNX Runtime", "ONNX Runtime, fused")]
         found += [Entry(ORIGINAL, engine, "int8") for engine in ("ONNX Runtime", "ONNX Runtime, fused")]
-        found += [Entry(ORIGINAL, "OpenVINO", dtype) for dtype in dtypes]
+        found += [Entry(ORIGINAL, "OpenVINO", dtype) for dtype in DTYPES]
         if HALF in self.models:
             found += [Entry(HALF, "torch"), Entry(HALF, "torch", "bfloat16")]
             found += [Entry(HALF, "ONNX Runtime, fused", "int8"), Entry(HALF, "OpenVINO", "int8")]
         ours = [name for name in self.models if name not in (ORIGINAL, HALF)]
         for name in (ORIGINAL, *ours, NOTHING):
             found.append(Entry(name, "FastBERT"))
-            found += [Entry(name, "FastBERT, prepared", dtype) for dtype in dtypes]
+            found += [Entry(name, "FastBERT, prepared", dtype) for dtype in DTYPES]
         return found
 
 

@@ -42,9 +42,7 @@ class Measurement:
         The baseline is measured again with every group of entries that fit in memory together, so that a ratio is
         one of the same minutes. Entries of one type are in a group where they fit: they are what is compared.
         """
-        others = sorted(
-            (entry for entry in entries if entry != BASELINE), key=lambda entry: DTYPES.index(entry.dtype)
-        )
+        others = [entry for dtype in DTYPES for entry in entries if entry.dtype == dtype and entry != BASELINE]
         for first in range(0, len(others), AT_A_TIME - 1):
             group = [BASELINE, *others[first : first + AT_A_TIME - 1]]
             found = self._group(group, threads, workers if threads == 1 else 1)

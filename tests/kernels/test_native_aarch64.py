@@ -10,9 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbert_hf.kernels.native import NativeBackend, NativeLeafBackend, build
+from fastbert_hf.backends_fastbert import BACKENDS
+from fastbert_hf.kernels import native
+from fastbert_hf.kernels.native import build
 from fastbert_hf.kernels.native.kernels import ACTIVATION_CODES, DTYPE_CODES
+from tests.kernels import quantized_cases
 from tests.kernels.cases import check, make_leaf_problem, make_problem
+from tests.kernels.encoder_cases import (
+    attention_call,
+    check_attention,
+    check_norm,
+    linear_call,
+    norm_call,
+    parts_of,
+    quantized_attention_call,
+)
+from tests.kernels.properties import DTYPES
 from tests.processes import CHILD_SECONDS
 
 TARGET = "aarch64-linux-gnu"
@@ -41,7 +54,7 @@ def machine(tmp_path_factory):
 
 
 class Emulated:
-    """A native backend whose calls of the library run on the emulated machine; all else is as ever."""
+    """A native backend whose calls of the library run on the emulated machine, on one thread; all else is as ever."""
 
     machine: Path
 
@@ -49,14 +62,18 @@ class Emulated:
         self._forward, self._backward = self.forward_symbol, self.backward_symbol
 
     def _call(self, function, x, tensors, out_width, sizes, activation):
-        sizes, depth = sizes[:-1], sizes[-1]
+        sizes = (*x.shape, out_width, *sizes, ACTIVATION_CODES[activation])
+        self._emulate(function, tensors, (*sizes, DTYPE_CODES[x.dtype], 1))
+
+    def run(self, tensors, sizes):
+        self._emulate(self.forward_symbol, tensors, (*sizes, DTYPE_CODES[tensors[self.typed].dtype], 1))
+
+    def _emulate(self, function, tensors, numbers):
         arguments = bytearray()
         for tensor in tensors:
             held = b"" if tensor is None else bytes(tensor.reshape(-1).view(torch.uint8).tolist())
             arguments += struct.pack("<q", -1 if tensor is None else len(held)) + held
-        numbers = (*x.shape, out_width, *sizes)
         arguments += struct.pack(f"<{len(numbers)}q", *numbers)
-        arguments += struct.pack("<4i", depth, ACTIVATION_CODES[activation], DTYPE_CODES[x.dtype], 1)
         source, target = self.machine / "in", self.machine / "out"
         source.write_bytes(arguments)
         command = [EMULATOR, "-L", f"/usr/{TARGET}", "-E", f"LD_LIBRARY_PATH={self.machine}", self.machine / "driver"]
@@ -75,14 +92,22 @@ class Emulated:
             self._raise_status(status)
 
 
-class EmulatedBackend(Emulated, NativeBackend):
-    pass
+def emulated(backend: type, machine: Path) -> Emulated:
+    return type(backend.__name__, (Emulated, backend), {"machine": machine})()
 
 
-class EmulatedLeafBackend(Emulated, NativeLeafBackend):
-    pass
-
-
+ENCODER_BACKENDS = {
+    "linear_int8": native.NativeQuantizedLinearBackend,
+    "attention": native.NativeAttentionBackend,
+    "attention_int8": native.NativeQuantizedAttentionBackend,
+    "add_norm": native.NativeAddNormBackend,
+}
+TREES = {
+    "nodes": (native.NativeBackend, make_problem),
+    "leaves": (native.NativeLeafBackend, make_leaf_problem),
+    "int8 nodes": (native.NativeQuantizedBackend, quantized_cases.quantized_nodes),
+    "int8 leaves": (native.NativeQuantizedLeafBackend, quantized_cases.quantized_leaves),
+}
 CASES = {
     "one row": dict(rows=1, width=37, out_width=29, depth=4, activation="gelu"),
     "many rows": dict(rows=150, width=33, out_width=21, trees=2, depth=3, activation="silu"),
@@ -92,12 +117,48 @@ CASES = {
 }
 
 
+@pytest.fixture
+def encoder_ops(machine, monkeypatch):
+    """The ops around feed-forward blocks run on the emulated machine where "native" is asked for."""
+    for op, backend in ENCODER_BACKENDS.items():
+        monkeypatch.setitem(BACKENDS[op], "native", emulated(backend, machine))
+
+
 @pytest.mark.parametrize("sizes", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("form", ["nodes", "leaves"])
+@pytest.mark.parametrize("form", TREES)
 def test_results_are_those_of_the_reference(machine, form, sizes):
-    backend = EmulatedBackend() if form == "nodes" else EmulatedLeafBackend()
-    backend.machine = machine
-    check(backend, make_problem(**sizes) if form == "nodes" else make_leaf_problem(**sizes))
+    backend, make = TREES[form]
+    if form.startswith("int8"):
+        quantized_cases.check(*make(**sizes), emulated(backend, machine))
+    else:
+        check(emulated(backend, machine), make(**sizes))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 33, 50), (65, 31, 17), (70, 384, 96)], ids=str)
+def test_linear_layers_equal_their_reference(encoder_ops, shape, dtype):
+    call = linear_call(*shape, bias=shape[0] > 1, dtype=dtype)
+    assert torch.equal(call.run(), call.run("reference"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("visible", ["all", "some", "none"])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 6, 2, 16), (2, 17, 3, 20), (1, 131, 1, 65)], ids=str)
+def test_attention_matches_float64(encoder_ops, shape, visible, dtype):
+    check_attention(attention_call(*shape, visible, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("visible", ["all", "some"])
+def test_attention_with_its_linear_layers_equals_the_three_ops(encoder_ops, visible, dtype):
+    call = quantized_attention_call(2, 17, 3, 20, visible, dtype)
+    assert torch.equal(call.run(), parts_of(call))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 37), (70, 96)], ids=str)
+def test_norms_match_float64(encoder_ops, shape, dtype):
+    check_norm(norm_call(*shape, dtype))
 
 
 def test_sums_of_products_are_fused_vector_instructions(machine):

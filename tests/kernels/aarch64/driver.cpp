@@ -1,15 +1,15 @@
 // One call of the native library: reads its arguments from a file, writes the status and all buffers to another.
 //
-//   driver FUNCTION COUNT_OF_POINTERS COUNT_OF_SIZES IN OUT
+//   driver FUNCTION COUNT_OF_POINTERS COUNT_OF_NUMBERS IN OUT
 //
-// IN holds, without padding: for each pointer its int64 count of bytes (-1: null) and the bytes, then the sizes
-// (int64), then depth, activation, dtype and threads (int32). OUT: the int32 status, then the bytes of each buffer.
+// IN holds, without padding: for each pointer its int64 count of bytes (-1: null) and the bytes, then the other
+// arguments as 64-bit words, a double by its bits. OUT: the int32 status, then the bytes of each buffer.
 #include <dlfcn.h>
 
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -22,49 +22,52 @@ void read_exactly(FILE* file, void* target, size_t bytes) {
   }
 }
 
+// Of P pointers, S sizes, then depth, activation, dtype and threads.
 template <size_t... P, size_t... S>
-int call(void* function, void* const* pointers, const int64_t* sizes, const int32_t* codes, std::index_sequence<P...>,
-         std::index_sequence<S...>) {
+int call(void* function, const int64_t* words, std::index_sequence<P...>, std::index_sequence<S...>) {
   typedef int (*Function)(decltype((void)P, (void*)nullptr)..., decltype((void)S, int64_t())..., int, int, int, int);
-  return ((Function)function)(pointers[P]..., sizes[S]..., codes[0], codes[1], codes[2], codes[3]);
+  const int64_t *sizes = words + sizeof...(P), *codes = sizes + sizeof...(S);
+  return ((Function)function)((void*)words[P]..., sizes[S]..., (int)codes[0], (int)codes[1], (int)codes[2],
+                              (int)codes[3]);
 }
 
 template <size_t P, size_t S>
-int call(void* function, void* const* pointers, const int64_t* sizes, const int32_t* codes) {
-  return call(function, pointers, sizes, codes, std::make_index_sequence<P>(), std::make_index_sequence<S>());
+int call(void* function, const int64_t* words) {
+  return call(function, words, std::make_index_sequence<P>(), std::make_index_sequence<S>());
+}
+
+// Through the form that takes all arguments as one block, where the function has it.
+int call(const std::string& name, const std::vector<int64_t>& words) {
+  if (void* function = dlsym(RTLD_DEFAULT, (name + "_packed").c_str()))
+    return ((int (*)(const int64_t*))function)(words.data());
+  void* function = dlsym(RTLD_DEFAULT, name.c_str());
+  if (function && name == "fff_backward" && words.size() == 18) return call<10, 4>(function, words.data());
+  if (function && name == "fff_leaf_backward" && words.size() == 26) return call<17, 5>(function, words.data());
+  fprintf(stderr, "no function %s of %zu arguments\n", name.c_str(), words.size());
+  exit(2);
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
   if (count != 6) return 2;
-  void* function = dlsym(RTLD_DEFAULT, arguments[1]);
-  const int num_pointers = atoi(arguments[2]), num_sizes = atoi(arguments[3]);
+  const int num_pointers = atoi(arguments[2]), num_numbers = atoi(arguments[3]);
   FILE* in = fopen(arguments[4], "rb");
-  if (!function || !in) {
-    fprintf(stderr, "no function %s, or no file %s\n", arguments[1], arguments[4]);
-    return 2;
-  }
-  std::vector<int64_t> bytes(num_pointers), sizes(num_sizes);
-  std::vector<void*> pointers(num_pointers, nullptr);
+  if (!in) return 2;
+  std::vector<int64_t> bytes(num_pointers), words(num_pointers + num_numbers);
   for (int i = 0; i < num_pointers; ++i) {
     read_exactly(in, &bytes[i], sizeof(int64_t));
     if (bytes[i] < 0) continue;
-    pointers[i] = malloc(bytes[i] + 1);
-    read_exactly(in, pointers[i], bytes[i]);
+    void* buffer = malloc(bytes[i] + 1);
+    read_exactly(in, buffer, bytes[i]);
+    words[i] = (int64_t)buffer;
   }
-  int32_t codes[4], status = -1;
-  read_exactly(in, sizes.data(), num_sizes * sizeof(int64_t));
-  read_exactly(in, codes, sizeof codes);
-  const int shape = 10 * num_pointers + num_sizes;
-  if (shape == 74) status = call<7, 4>(function, pointers.data(), sizes.data(), codes);
-  if (shape == 104) status = call<10, 4>(function, pointers.data(), sizes.data(), codes);
-  if (shape == 125) status = call<12, 5>(function, pointers.data(), sizes.data(), codes);
-  if (shape == 175) status = call<17, 5>(function, pointers.data(), sizes.data(), codes);
+  read_exactly(in, words.data() + num_pointers, num_numbers * sizeof(int64_t));
+  const int32_t status = call(arguments[1], words);
   FILE* out = fopen(arguments[5], "wb");
   if (!out) return 2;
   fwrite(&status, sizeof status, 1, out);
   for (int i = 0; i < num_pointers; ++i)
-    if (pointers[i]) fwrite(pointers[i], 1, bytes[i], out);
+    if (words[i]) fwrite((void*)words[i], 1, bytes[i], out);
   return fclose(out) == 0 ? 0 : 2;
 }

@@ -268,7 +268,8 @@ void run_leaves(const Case& c, const char* set, int dtype, int activation) {
 
 }  // namespace
 
-int run_int8(const char* set);  // int8.cpp
+int run_int8(const char* set);     // int8.cpp
+int run_encoder(const char* set);  // encoder.cpp
 
 int main() {
   fff_set_parallel_region((void*)parallel_region);
@@ -288,6 +289,7 @@ int main() {
       for (int dtype : {0, 1})
         (c.leaf_width ? run_leaves : run)(c, set, dtype, activation++ % 3 == 0 ? 2 : activation % 4);
     failures += run_int8(set);
+    failures += run_encoder(set);
   }
   printf("%d instruction sets, %d failures\n", sets, failures);
   return failures != 0;

@@ -1,11 +1,10 @@
 // The same for the kernels of int8 weights: awkward shapes, buffers of exactly the right size, several threads.
-#include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <random>
 #include <vector>
+
+#include "values.h"
 
 extern "C" {
 int fff_int8_forward(const void* x, const float* weight_in, const float* bias_in, const int8_t* weight_out,
@@ -22,57 +21,11 @@ int fff_int8_leaf_forward(const void* x, const float* router, const float* thres
 
 namespace {
 
-std::mt19937 generator(0);
-
-// Values in memory that ends where they end.
-template <class T>
-struct Values {
-  T* data;
-  int64_t count;
-  explicit Values(int64_t n) : data((T*)malloc(n * sizeof(T))), count(n) { memset(data, 0xff, n * sizeof(T)); }
-  ~Values() { free(data); }
-  Values(const Values&) = delete;
-  size_t bytes() const { return count * sizeof(T); }
-};
-
-struct Floats : Values<float> {
-  explicit Floats(int64_t n) : Values(n) {
-    std::normal_distribution<float> normal;
-    for (int64_t i = 0; i < n; ++i) data[i] = normal(generator);
-  }
-};
-
-struct Bytes : Values<int8_t> {
-  explicit Bytes(int64_t n) : Values(n) {
-    for (int64_t i = 0; i < n; ++i) data[i] = (int8_t)((int)(generator() % 255) - 127);
-  }
-};
-
-// Rows of float32 or bfloat16 (the upper half of each float).
-struct Rows : Values<char> {
-  int dtype;
-  Rows(int64_t n, int type) : Values(n * (type == 0 ? 4 : 2)), dtype(type) {}
-  Rows(const Floats& from, int type) : Rows(from.count, type) {
-    for (int64_t i = 0; i < from.count; ++i)
-      memcpy(data + (type == 0 ? 4 : 2) * i, (const char*)(from.data + i) + (type == 0 ? 0 : 2), type == 0 ? 4 : 2);
-  }
-  bool finite() const {
-    for (int64_t i = 0; i < count / (dtype == 0 ? 4 : 2); ++i) {
-      float value = 0;
-      memcpy((char*)&value + (dtype == 0 ? 0 : 2), data + (dtype == 0 ? 4 : 2) * i, dtype == 0 ? 4 : 2);
-      if (!std::isfinite(value)) return false;
-    }
-    return true;
-  }
-};
-
 struct Case {
   int64_t num_rows, in_width, out_width, trees;
   int depth;
   int64_t leaf_width;  // 0: trees of single neurons
 };
-
-int64_t padded(int64_t columns) { return (columns + 3) / 4 * 4; }
 
 // 1 if something fails
 int run(const Case& c, const char* set, int dtype, int activation) {

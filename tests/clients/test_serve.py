@@ -29,6 +29,7 @@ numpy = pytest.importorskip("numpy")
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "serve.py"
 LOAD_SECONDS = float(os.environ.get("FASTBERT_SERVE_SECONDS", "2"))  # 30 to see what a server carries
+LOADED_MODEL = os.environ.get("FASTBERT_SERVE_MODEL")  # a sentence embedder of your own to load
 CLIENTS = 8
 
 
@@ -96,9 +97,9 @@ def load(port, client, seconds):
 
 
 def test_under_load_every_text_gets_its_own_embedding(embedder_folder):
-    expected = {}
-    reference = sentence_transformers.SentenceTransformer(embedder_folder, device="cpu")
-    with running(example().application(embedder_folder)) as port, ThreadPoolExecutor(CLIENTS) as pool:
+    folder, expected = LOADED_MODEL or embedder_folder, {}
+    reference = sentence_transformers.SentenceTransformer(folder, device="cpu")
+    with running(example().application(folder)) as port, ThreadPoolExecutor(CLIENTS) as pool:
         answers = [a for found in pool.map(lambda n: load(port, n, LOAD_SECONDS), range(CLIENTS)) for a in found]
     times = [1000 * seconds for *_, seconds in answers]
     print(

@@ -39,8 +39,8 @@ static Status int8_linear(const LinearShape& s, const Int8LinearTensors& t, Int8
   const int64_t padded = padded_columns(s.in_width), blocks = ceil_div(s.num_rows, kLinearBlock);
   // where there are fewer blocks of rows than threads, threads share the columns: each piece quantises its rows anew
   const int64_t panels = ceil_div(s.out_width, kInt8Panel);
-  const int64_t pieces = min64(panels, blocks >= s.threads ? 1 : ceil_div(s.threads, blocks));
-  const int64_t columns = ceil_div(panels, pieces) * kInt8Panel;
+  const int64_t wanted = min64(panels, blocks >= s.threads ? 1 : ceil_div(s.threads, blocks));
+  const int64_t columns = ceil_div(panels, wanted) * kInt8Panel, pieces = ceil_div(s.out_width, columns);
   Scratch<uint8_t> q(s.threads * kLinearBlock * padded);
   Scratch<int32_t> dots(s.threads * kLinearBlock * kInt8Panel);
   Scratch<float> wide(s.threads * padded);

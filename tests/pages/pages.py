@@ -21,6 +21,7 @@ NOT_RUN = {
     "make test": "it runs all tests, this one among them",
     "make bench": "it measures for three minutes",
     "python scripts/benchmark.py": "it measures for half an hour",
+    "python examples/serve.py": "it serves until it is stopped; tests/clients/test_serve.py runs it",
 }
 
 

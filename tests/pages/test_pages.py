@@ -182,5 +182,8 @@ def test_commands_that_are_not_run_exist():
                 assert set(extras.split(",") if extras else ()) <= set(setup["options.extras_require"]), step
             case ["python", "scripts/benchmark.py", *options]:
                 benchmark.parse(options)
+            case ["python", "examples/serve.py", _, *options]:
+                known = (ROOT / "examples" / "serve.py").read_text(encoding="utf-8")
+                assert all(f'"{option}"' in known for option in options if option.startswith("--")), step
             case other:
                 raise AssertionError(f"nothing checks {other}")

@@ -294,18 +294,26 @@ def test_the_command_lists_the_backends_of_every_op_with_reasons(form, registry,
     assert lines[3] == "cpu float32: reference (declining: it is Tuesday)"
 
 
-@pytest.mark.parametrize(("file", "op"), [("fff", "fff"), ("leaf", "leaf_trees")])
-def test_without_the_package_only_the_ops_own_backends_are_registered(file, op, tmp_path):
-    for name in ("backends_fastbert", "dispatch_fastbert", "fff_reference", f"{file}_reference", f"{file}_op"):
-        source = Path(backends_fastbert.__file__).with_name(f"{name}.py")
-        (tmp_path / "bundle").mkdir(exist_ok=True)
-        (tmp_path / "bundle" / f"{name}.py").write_text(source.read_text())
+@pytest.mark.parametrize(
+    ("file", "ops"),
+    [
+        ("fff_op", ["fff"]),
+        ("leaf_op", ["leaf_trees"]),
+        ("quantized_op", ["leaf_trees_int8", "fff_int8"]),
+        ("encoder_op", ["add_norm", "linear_int8", "attention", "attention_int8"]),
+    ],
+)
+def test_without_the_package_only_the_ops_own_backends_are_registered(file, ops, tmp_path):
+    (tmp_path / "bundle").mkdir()
+    for source in Path(backends_fastbert.__file__).parent.glob("*.py"):
+        if not source.name.startswith("__"):
+            (tmp_path / "bundle" / source.name).write_text(source.read_text())
     script = (
         "import sys; sys.modules['fastbert_hf'] = None\n"  # an import of it fails
-        f"import bundle.{file}_op\nfrom bundle.backends_fastbert import BACKENDS\n"
+        f"import bundle.{file}\nfrom bundle.backends_fastbert import BACKENDS\n"
         "print({name: list(backends) for name, backends in BACKENDS.items()})"
     )
     process = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env={}, capture_output=True, text=True, timeout=CHILD_SECONDS
     )
-    assert process.stdout.strip() == str({op: ["reference"]}), process.stderr[-2000:]
+    assert process.stdout.strip() == str({op: ["reference"] for op in ops}), process.stderr[-2000:]

@@ -7,6 +7,8 @@ halfway. None of the ops has a gradient: forward runs where gradients are record
 PyTorch knows them as `fastbert::linear_int8_v1`, `attention_v1`, `attention_int8_v1` and `add_norm_v1`.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -70,14 +72,14 @@ def _quantized_fake(*arguments):
 register_without_gradient(
     "attention_v1",
     "(Tensor query_key_value, Tensor? visible, float scaling) -> Tensor",
-    lambda *call: backend_for("attention", call[0]).infer(*call),
+    lambda *call: backend_for("attention", *call).infer(*call),
     _fake,
 )
 register_without_gradient(
     "attention_int8_v1",
     "(Tensor x, Tensor? visible, Tensor weight_in, Tensor scale_in, Tensor sum_in, Tensor? bias_in, "
     "Tensor weight_out, Tensor scale_out, Tensor sum_out, Tensor? bias_out, int heads, float scaling) -> Tensor",
-    lambda *call: backend_for("attention_int8", call[0]).infer(*call),
+    lambda *call: backend_for("attention_int8", *call).infer(*call),
     _quantized_fake,
 )
 
@@ -95,6 +97,16 @@ register_without_gradient(
 )
 
 
+def _run(op: str, traceable: Callable[..., Tensor], call: tuple, tensors: int) -> Tensor:
+    """A call of an op, of whose arguments the first `tensors` are tensors or None; exporters see `traceable`."""
+    if is_exporting():
+        return traceable(*call)
+    refuse_forward_mode(op)
+    if runs_directly(*call[:tensors]):
+        return backend_for(op, *call).infer(*call)
+    return getattr(torch.ops.fastbert, f"{op}_v1")(*call)
+
+
 def add_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """A residual connection and the layer norm behind it; see `encoder_reference.add_norm_forward`.
 
@@ -104,12 +116,7 @@ def add_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a chosen backend that declines.
     """
-    if is_exporting():
-        return add_norm_forward(x, y, weight, bias, eps)
-    refuse_forward_mode("add_norm")
-    if runs_directly(x, y, weight, bias):
-        return backend_for("add_norm", x, y).infer(x, y, weight, bias, eps)
-    return torch.ops.fastbert.add_norm_v1(x, y, weight, bias, eps)
+    return _run("add_norm", add_norm_forward, (x, y, weight, bias, eps), 4)
 
 
 def attention(query_key_value: Tensor, visible: Tensor | None, scaling: float) -> Tensor:
@@ -122,12 +129,11 @@ def attention(query_key_value: Tensor, visible: Tensor | None, scaling: float) -
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a chosen backend that declines.
     """
-    if is_exporting():
-        return attention_forward(query_key_value, visible, scaling)
-    refuse_forward_mode("attention")
-    if runs_directly(query_key_value, visible):
-        return backend_for("attention", query_key_value).infer(query_key_value, visible, scaling)
-    return torch.ops.fastbert.attention_v1(query_key_value, visible, scaling)
+    return _run("attention", attention_forward, (query_key_value, visible, scaling), 2)
+
+
+def _traceable_attention(*arguments) -> Tensor:
+    return attention_int8_forward(QuantizedAttentionCall(*arguments), linear_int8_traceable)
 
 
 def attention_int8(*arguments, **named) -> Tensor:
@@ -138,12 +144,7 @@ def attention_int8(*arguments, **named) -> Tensor:
         ValueError: shapes, dtypes or devices that do not fit, or a chosen backend that declines.
     """
     call = QuantizedAttentionCall(*arguments, **named)
-    if is_exporting():
-        return attention_int8_forward(call, linear_int8_traceable)
-    refuse_forward_mode("attention_int8")
-    if runs_directly(*call[:-2]):
-        return backend_for("attention_int8", call.x).infer(*call)
-    return torch.ops.fastbert.attention_int8_v1(*call)
+    return _run("attention_int8", _traceable_attention, call, len(call) - 2)
 
 
 def _linear_fake(x, weight, scale, *rest):
@@ -153,7 +154,7 @@ def _linear_fake(x, weight, scale, *rest):
 register_without_gradient(
     "linear_int8_v1",
     "(Tensor x, Tensor weight, Tensor scale, Tensor sum, Tensor? bias) -> Tensor",
-    lambda *call: backend_for("linear_int8", call[0]).infer(*call),
+    lambda *call: backend_for("linear_int8", *call).infer(*call),
     _linear_fake,
 )
 
@@ -169,10 +170,4 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, sum: Tensor, bias: Ten
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a chosen backend that declines.
     """
-    call = (x, weight, scale, sum, bias)
-    if is_exporting():
-        return linear_int8_traceable(*call)
-    refuse_forward_mode("linear_int8")
-    if runs_directly(*call):
-        return backend_for("linear_int8", x).infer(*call)
-    return torch.ops.fastbert.linear_int8_v1(*call)
+    return _run("linear_int8", linear_int8_traceable, (x, weight, scale, sum, bias), 5)

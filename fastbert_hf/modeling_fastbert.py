@@ -85,10 +85,8 @@ class FastBertModel(FastBertPreTrainedModel):
             attention_mask = visible_keys(attention_mask)
         if attention_mask is not None and attention_mask.dim() == 3:
             attention_mask = attention_mask.unsqueeze(1)  # (B, T, T) -> (B, 1, T, T)
-        # prepared layers take the keys that are visible, (B, T), as they are
-        if not (self.is_prepared and self.config._attn_implementation == "sdpa") or (
-            attention_mask is not None and attention_mask.dim() > 2
-        ):
+        keys_alone = attention_mask is None or attention_mask.dim() == 2  # as layers that are prepared take them
+        if not (keys_alone and self.is_prepared and self.config._attn_implementation == "sdpa"):
             attention_mask = create_bidirectional_mask(
                 config=self.config, inputs_embeds=hidden, attention_mask=attention_mask
             )

@@ -70,11 +70,12 @@ def _batches(source: Teacher, eval_file: str | None) -> list[dict[str, Tensor]]:
 def output_error(source: Teacher, prepared: PreTrainedModel, batches: list[dict[str, Tensor]]) -> dict[str, float]:
     """How far the outputs of an encoder move, tokens that a mask hides left out.
 
-    Returns: relative_error: norm of the difference of the last hidden states over their norm. changed_paths: share of
+    Returns: relative_error: norm of the difference of the last hidden states over their norm. largest_difference: of
+        one of their values, beside largest_value, the largest of them before. changed_paths: share of
         tokens that take another path, over layers and trees, where there are trees. For sentence embedders also
         least_cosine and mean_cosine of the embeddings with their old selves.
     """
-    distance = size = changed = paths = 0.0
+    distance = size = changed = paths = furthest = largest = 0.0
     cosines = []
     encoders = encoder_of(source.model).eval(), encoder_of(prepared)
     for batch in batches:
@@ -82,6 +83,8 @@ def output_error(source: Teacher, prepared: PreTrainedModel, batches: list[dict[
         seen = batch["attention_mask"].bool()
         distance += (after - before)[seen].double().square().sum().item()
         size += before[seen].double().square().sum().item()
+        furthest = max(furthest, (after - before)[seen].abs().max().item())
+        largest = max(largest, before[seen].abs().max().item())
         for old, new in zip(old_paths, new_paths, strict=True):
             differs = (old != new)[seen]  # (tokens, P) or, for trees of single neurons, (tokens, P, D + 1)
             changed += (differs.any(-1) if differs.dim() == 3 else differs).double().sum().item()
@@ -89,7 +92,7 @@ def output_error(source: Teacher, prepared: PreTrainedModel, batches: list[dict[
         if source.embed is not None:
             old, new = (source.embed(hidden, batch["attention_mask"]) for hidden in (before, after))
             cosines.append(nn.functional.cosine_similarity(old, new))
-    found = {"relative_error": (distance / size) ** 0.5}
+    found = {"relative_error": (distance / size) ** 0.5, "largest_difference": furthest, "largest_value": largest}
     if paths:
         found["changed_paths"] = changed / paths
     if cosines:
@@ -117,7 +120,8 @@ def render(found: Mapping[str, Any]) -> str:
     lines = [
         f"prepared: dtype {found['dtype']}, linear layers {found['linear_dtype']}",
         f"  size        {before:.1f} MB -> {after:.1f} MB",
-        f"  output      relative error {output['relative_error']:.4f}",
+        f"  output      relative error {output['relative_error']:.4f}, "
+        f"a value of at most {output['largest_value']:.3g} moves by {output['largest_difference']:.3g} at most",
     ]
     if "changed_paths" in output:
         lines[-1] += f", {100 * output['changed_paths']:.1f} % of the paths change"

@@ -36,6 +36,7 @@ def test_the_folder_is_the_prepared_model_and_the_report_is_of_it(saved, tmp_pat
     assert torch.equal(again(**random_batch(3, 9)).logits, expected(**random_batch(3, 9)).logits)
     assert found["megabytes"]["after"] == round(megabytes(expected), 2) < found["megabytes"]["before"]
     assert set(found["score"]) == {"before", "after"} and found["speed"] == []
+    assert 0 < found["output"]["largest_difference"] < found["output"]["largest_value"]
     assert 0 < found["output"]["relative_error"] < 0.2 and 0 <= found["output"]["changed_paths"] < 0.5
     assert json.loads((tmp_path / "out" / "prepared.json").read_text()) == found
     printed = capsys.readouterr().out

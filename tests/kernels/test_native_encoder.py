@@ -2,7 +2,6 @@
 together, and residual connections with their norms."""
 
 import os
-import threading
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastbert_hf.backends_fastbert import BACKENDS
+from tests.kernels.concurrency import check_fork, check_threads
 from tests.kernels.encoder_cases import (
     VISIBLE,
     attention_call,
@@ -20,7 +20,6 @@ from tests.kernels.encoder_cases import (
     parts_of,
     quantized_attention_call,
 )
-from tests.kernels.forks import check_fork
 from tests.kernels.properties import DTYPES, embedded
 
 # texts, tokens, heads, size of a head: blocks of 16 keys and of 6 queries, and what is left of them
@@ -178,19 +177,7 @@ def test_a_text_or_row_does_not_depend_on_its_neighbours(instruction_set, op, dt
 
 def test_python_threads_do_not_disturb_each_other():
     calls = [make(torch.float32) for make in CALLS.values()] + [attention_call(2, 20, 2, 8), norm_call(50, 33)]
-    expected, failures = [call.run() for call in calls], []
-
-    def work(call, wanted):
-        for _ in range(10):
-            if not torch.equal(call.run(), wanted):
-                failures.append(call.op)
-
-    workers = [threading.Thread(target=work, args=pair) for pair in zip(calls, expected)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not failures
+    check_threads([lambda call=call: [call.run()] for call in calls])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

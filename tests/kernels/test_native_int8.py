@@ -1,7 +1,6 @@
 """The native kernels of trees with int8 weights against their reference, and what they promise beyond the numbers."""
 
 import os
-import threading
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from fastbert_hf.kernels.native.library import load_library
 from fastbert_hf.quantized_layer import QuantizedLeafFeedForward
 from fastbert_hf.quantized_weights import pack, quantize_rows
 from tests.kernels.cases import ACTIVATIONS, LEAF_SHAPES
-from tests.kernels.forks import check_fork
+from tests.kernels.concurrency import check_fork, check_threads
 from tests.kernels.properties import BAD_VALUES, DRAWS, DTYPES, FUNCTIONS, embedded
 from tests.kernels.quantized_cases import backend_of, check, quantized_leaves, quantized_nodes
 
@@ -273,20 +272,8 @@ def test_a_row_does_not_depend_on_its_neighbours(instruction_set, make, shape, d
 @pytest.mark.parametrize(("make", "sizes"), [(quantized_leaves, (2, 4, 9)), (quantized_nodes, (2, 4))], ids=names)
 def test_python_threads_do_not_disturb_each_other(make, sizes):
     problems = [make(200 + 10 * i, 40, 40, *sizes, seed=i) for i in range(6)]
-    expected = [backend_of(layer).infer(x, *layer.op_arguments()) for layer, x in problems]
-    failures = []
-
-    def work(layer, x, wanted):
-        for _ in range(10):
-            if not torch.equal(backend_of(layer).infer(x, *layer.op_arguments()), wanted):
-                failures.append(layer)
-
-    workers = [threading.Thread(target=work, args=(*problem, y)) for problem, y in zip(problems, expected)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not failures
+    calls = [(backend_of(layer), x, layer.op_arguments()) for layer, x in problems]
+    check_threads([lambda call=call: [call[0].infer(call[1], *call[2])] for call in calls])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

@@ -1,7 +1,6 @@
 """What callers rely on beyond the numbers: determinism, threads, processes, the op's machinery, wrong arguments."""
 
 import os
-import threading
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ from fastbert_hf.backends_fastbert import BACKENDS, backend_for, use_backend
 from fastbert_hf.kernels.native import build, library
 from tests.forms import FORMS, LEAVES, NODES
 from tests.kernels.cases import check, make_leaf_problem, make_problem
-from tests.kernels.forks import check_fork
+from tests.kernels.concurrency import check_fork, check_threads
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -87,20 +86,7 @@ def test_a_row_does_not_depend_on_its_neighbours(backend, form, instruction_set,
 
 def test_python_threads_do_not_disturb_each_other(backend, form):
     problems = [make(form, 200 + 10 * i, 40, 40, 2, 4, seed=i) for i in range(6)]
-    expected = [problem.results(backend) for problem in problems]
-    failures = []
-
-    def work(problem, wanted):
-        for _ in range(10):
-            if not all(torch.equal(a, b) for a, b in zip(problem.results(backend), wanted)):
-                failures.append(problem)
-
-    workers = [threading.Thread(target=work, args=pair) for pair in zip(problems, expected)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not failures
+    check_threads([lambda problem=problem: problem.results(backend) for problem in problems])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

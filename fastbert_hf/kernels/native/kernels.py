@@ -70,12 +70,11 @@ class NativeFunctions:
             self._load()
         # contiguous() returns the tensor itself where it can; the list keeps copies alive during the call
         tensors = [t if t is None else t.contiguous() for t in tensors]
-        status = self._forward(
-            *[0 if t is None else t.data_ptr() for t in tensors],
-            *sizes,
-            DTYPE_CODES[tensors[self.typed].dtype],
-            torch.get_num_threads(),
-        )
+        self._call(self._forward, tensors, *sizes, DTYPE_CODES[tensors[self.typed].dtype])
+
+    def _call(self, function, tensors: Sequence[Tensor | None], *words: int) -> None:
+        """One call of the library: its tensors in order, all that follows them, and the number of threads."""
+        status = function(*[0 if t is None else t.data_ptr() for t in tensors], *words, torch.get_num_threads())
         if status:
             self._raise_status(status)
 
@@ -128,7 +127,7 @@ class NativeKernels(NativeFunctions):
             return y
         # contiguous() returns the tensor itself where it can; the list keeps copies alive during the call
         tensors = [t if t is None else t.contiguous() for t in tensors]
-        self._call(self._forward, x, (*tensors, y, *saved), out_width, sizes, activation)
+        self._call(self._forward, (*tensors, y, *saved), *self._words(x, out_width, sizes, activation))
         return y
 
     def run_backward(
@@ -157,24 +156,12 @@ class NativeKernels(NativeFunctions):
         if num_rows == 0:
             return gradients
         sources = [t if t is None else t.contiguous() for t in sources]
-        self._call(self._backward, x, (*sources, *gradients), out_width, sizes, activation)
+        self._call(self._backward, (*sources, *gradients), *self._words(x, out_width, sizes, activation))
         return gradients
 
-    def _call(
-        self, function, x: Tensor, tensors: Sequence[Tensor | None], out_width: int, sizes: tuple, activation: str
-    ):
-        """One call of the library: its tensors in order, then all sizes and codes."""
-        status = function(
-            *[0 if t is None else t.data_ptr() for t in tensors],
-            *x.shape,
-            out_width,
-            *sizes,
-            ACTIVATION_CODES[activation],
-            DTYPE_CODES[x.dtype],
-            torch.get_num_threads(),
-        )
-        if status:
-            self._raise_status(status)
+    def _words(self, x: Tensor, out_width: int, sizes: tuple, activation: str) -> tuple[int, ...]:
+        """What follows the tensors in a call."""
+        return (*x.shape, out_width, *sizes, ACTIVATION_CODES[activation], DTYPE_CODES[x.dtype])
 
     def backward_in_chunks(
         self, grad_y: Tensor, inputs: Sequence, saved: Sequence[Tensor], activation: str, output_mask: Sequence[bool]

@@ -83,10 +83,11 @@ FFF_API int fff_int8_linear(const void* x, const int8_t* weight, const float* sc
   if (num_rows < 1 || in_width < 1 || in_width > fff::kMaxInt8Width || out_width < 1 || threads < 1 ||
       (dtype != 0 && dtype != 1))
     return fff::kBadArgument;
-  if (!x || !weight || !scale || !sum || !y) return fff::kNoData;
+  const fff::Int8Linear layer = {weight, scale, sum, bias};
+  if (!x || layer.missing() || !y) return fff::kNoData;
   shape.threads = fff::useful_threads(threads, num_rows * in_width * out_width / fff::kInt8Speed);
   fff::expect_writes(y, num_rows * out_width * (dtype == 0 ? 4 : 2));
-  return fff::chosen->int8.linear[dtype](shape, {x, weight, scale, sum, bias, y}, fff::int8_products());
+  return fff::chosen->int8.linear[dtype](shape, {x, layer, y}, fff::int8_products());
 }
 
 FFF_API int fff_int8_attention(const void* x, const uint8_t* visible, const int8_t* weight_in, const float* scale_in,
@@ -97,13 +98,12 @@ FFF_API int fff_int8_attention(const void* x, const uint8_t* visible, const int8
   fff::AttentionShape shape = {texts, tokens, heads, head_dim, (float)scale, threads};
   const int64_t width = heads * head_dim;
   if (!fff::in_range(shape, dtype) || width > fff::kMaxInt8Width) return fff::kBadArgument;
-  if (!x || !weight_in || !scale_in || !sum_in || !weight_out || !scale_out || !sum_out || !y) return fff::kNoData;
+  const fff::Int8Linear in = {weight_in, scale_in, sum_in, bias_in}, out = {weight_out, scale_out, sum_out, bias_out};
+  if (!x || in.missing() || out.missing() || !y) return fff::kNoData;
   const int64_t linear = texts * tokens * 4 * width * width / fff::kInt8Speed;
   shape.threads = fff::useful_threads(threads, shape.products() + linear);
   fff::expect_writes(y, texts * tokens * width * (dtype == 0 ? 4 : 2));
-  return fff::chosen->int8.attention[dtype](
-      shape, {x, visible, weight_in, scale_in, sum_in, bias_in, weight_out, scale_out, sum_out, bias_out, y},
-      fff::int8_products());
+  return fff::chosen->int8.attention[dtype](shape, {x, visible, in, out, y}, fff::int8_products());
 }
 
 // All with their arguments as one block of words, as fff_forward_packed.
@@ -129,9 +129,7 @@ FFF_API int fff_int8_linear_packed(const int64_t* a) {
 
 FFF_API int fff_int8_attention_packed(const int64_t* a) {
   auto at = [a](int i) { return (void*)(intptr_t)a[i]; };
-  double scale;
-  memcpy(&scale, a + 15, sizeof scale);
   return fff_int8_attention(at(0), (uint8_t*)at(1), (int8_t*)at(2), (float*)at(3), (int32_t*)at(4), (float*)at(5),
                             (int8_t*)at(6), (float*)at(7), (int32_t*)at(8), (float*)at(9), at(10), a[11], a[12],
-                            a[13], a[14], scale, (int)a[16], (int)a[17]);
+                            a[13], a[14], fff::double_of(a[15]), (int)a[16], (int)a[17]);
 }

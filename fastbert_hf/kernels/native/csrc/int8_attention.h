@@ -19,14 +19,12 @@ static Status int8_attention(const AttentionShape& s, const Int8AttentionTensors
     AttentionShape part = s;
     part.texts = min64(texts, s.texts - text);
     const int64_t row = text * s.tokens, rows = part.texts * s.tokens;
-    const Int8LinearTensors in = {
-        (const T*)t.x + row * width, t.weight_in, t.scale_in, t.sum_in, t.bias_in, between.data};
-    const Int8LinearTensors out = {mixed.data, t.weight_out, t.scale_out,
-                                   t.sum_out,  t.bias_out,   (T*)t.y + row * width};
-    status = int8_linear<E>({rows, width, joined, s.threads}, in, products);
+    status =
+        int8_linear<E>({rows, width, joined, s.threads}, {(const T*)t.x + row * width, t.in, between.data}, products);
     if (status == kDone)
       status = attention<E>(part, {between.data, t.visible ? t.visible + row : nullptr, mixed.data});
-    if (status == kDone) status = int8_linear<E>({rows, width, width, s.threads}, out, products);
+    if (status == kDone)
+      status = int8_linear<E>({rows, width, width, s.threads}, {mixed.data, t.out, (T*)t.y + row * width}, products);
   }
   return status;
 }

@@ -58,34 +58,33 @@ struct Int8Tensors {
   int32_t* visited;  // or null
 };
 
-// A linear layer. Shapes: x (N, H), weight (H_out, H) packed, scale, sum and bias (H_out), y (N, H_out).
+// A linear layer. Shapes: weight (H_out, H) packed, scale, sum and bias (H_out); x (N, H), y (N, H_out).
 struct LinearShape {
   int64_t num_rows, in_width, out_width;
   int threads;
 };
 
-struct Int8LinearTensors {
-  const void* x;
+struct Int8Linear {
   const int8_t* weight;
   const float* scale;
   const int32_t* sum;
   const float* bias;  // or null
+
+  bool missing() const { return !weight || !scale || !sum; }
+};
+
+struct Int8LinearTensors {
+  const void* x;
+  Int8Linear layer;
   void* y;
 };
 
-// Self-attention between two linear layers. Shapes: x and y (B, T, H), visible (B, T) bytes or null, weight_in (3 H,
-// H) and weight_out (H, H) packed, the rest as for linear layers.
+// Self-attention between two linear layers. Shapes: x and y (B, T, H), visible (B, T) bytes or null; `in` is (3 H,
+// H), `out` (H, H).
 struct Int8AttentionTensors {
   const void* x;
   const uint8_t* visible;
-  const int8_t* weight_in;
-  const float* scale_in;
-  const int32_t* sum_in;
-  const float* bias_in;  // or null
-  const int8_t* weight_out;
-  const float* scale_out;
-  const int32_t* sum_out;
-  const float* bias_out;  // or null
+  Int8Linear in, out;
   void* y;
 };
 

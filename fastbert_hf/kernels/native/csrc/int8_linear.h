@@ -20,11 +20,12 @@ static void int8_linear_tile(const LinearShape& s, const Int8LinearTensors& t, I
   typename E::type* y = (typename E::type*)t.y + row * s.out_width;
   for (int64_t panel = begin; panel < end; panel += kInt8Panel) {
     const int64_t width = min64(kInt8Panel, end - panel);
-    const int8_t* next = ahead(t.weight, bytes, panel * padded, nullptr);
-    products({rows, count, padded / 4, t.weight + panel * padded, width, dots, kInt8Panel, next});
+    const int8_t* next = ahead(t.layer.weight, bytes, panel * padded, nullptr);
+    products({rows, count, padded / 4, t.layer.weight + panel * padded, width, dots, kInt8Panel, next});
     for (int64_t column = panel; column < panel + width; column += kInt8Block) {
       const int64_t columns = panel + width - column;
-      const BlockScales block(t.sum + column, t.scale + column, t.bias ? t.bias + column : nullptr, columns);
+      const Int8Linear& p = t.layer;
+      const BlockScales block(p.sum + column, p.scale + column, p.bias ? p.bias + column : nullptr, columns);
       for (int64_t i = 0; i < count; ++i) {
         Floats values;
         block_values(block, dots + i * kInt8Panel + column - panel, scales[i], &values);

@@ -134,6 +134,13 @@ int useful_threads(int threads, int64_t products) {
   return (int)max64(1, min64(threads, products / kProductsPerThread));
 }
 
+// A double from its bits, as blocks of words hold it.
+double double_of(int64_t bits) {
+  double number;
+  memcpy(&number, &bits, sizeof number);
+  return number;
+}
+
 // Tensors without memory of their own (zeros that torch has not written yet) have null pointers.
 bool missing(const void* tensor, int64_t count) { return count > 0 && !tensor; }
 
@@ -309,12 +316,11 @@ FFF_API int fff_attention(const void* query_key_value, const uint8_t* visible, v
   return fff::chosen->attention[dtype](shape, {query_key_value, visible, y});
 }
 
-// As fff_forward_packed; the scale is the bits of a double.
+// As fff_forward_packed, the scale as the bits of a double.
 FFF_API int fff_attention_packed(const int64_t* a) {
   auto at = [a](int i) { return (void*)(intptr_t)a[i]; };
-  double scale;
-  memcpy(&scale, a + 7, sizeof scale);
-  return fff_attention(at(0), (uint8_t*)at(1), at(2), a[3], a[4], a[5], a[6], scale, (int)a[8], (int)a[9]);
+  return fff_attention(at(0), (uint8_t*)at(1), at(2), a[3], a[4], a[5], a[6], fff::double_of(a[7]), (int)a[8],
+                       (int)a[9]);
 }
 
 FFF_API int fff_add_norm(const float* x, const void* y, const float* weight, const float* bias, float* out,
@@ -326,13 +332,11 @@ FFF_API int fff_add_norm(const float* x, const void* y, const float* weight, con
   return fff::chosen->add_norm[dtype](shape, {x, y, weight, bias, out});
 }
 
-// As fff_forward_packed; the smallest variance is the bits of a double.
+// As fff_forward_packed, epsilon as the bits of a double.
 FFF_API int fff_add_norm_packed(const int64_t* a) {
   auto at = [a](int i) { return (void*)(intptr_t)a[i]; };
-  double epsilon;
-  memcpy(&epsilon, a + 7, sizeof epsilon);
-  return fff_add_norm((float*)at(0), at(1), (float*)at(2), (float*)at(3), (float*)at(4), a[5], a[6], epsilon,
-                      (int)a[8], (int)a[9]);
+  return fff_add_norm((float*)at(0), at(1), (float*)at(2), (float*)at(3), (float*)at(4), a[5], a[6],
+                      fff::double_of(a[7]), (int)a[8], (int)a[9]);
 }
 
 #include "int8_api.h"

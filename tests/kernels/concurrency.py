@@ -1,6 +1,7 @@
-"""What a forked child computes, beside its parent."""
+"""What Python threads and a forked child compute at the same time as others."""
 
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -28,3 +29,20 @@ def check_fork(compute: Callable[[], Sequence[Tensor]]) -> None:
         os.waitpid(child, 0)
         raise AssertionError("the forked child hangs")
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+def check_threads(computations: Sequence[Callable[[], Sequence[Tensor]]]) -> None:
+    """Check that computations give the same again while each runs in a thread of its own, ten times."""
+    expected, failures = [compute() for compute in computations], []
+
+    def work(number: int) -> None:
+        for _ in range(10):
+            if not all(torch.equal(a, b) for a, b in zip(computations[number](), expected[number], strict=True)):
+                failures.append(number)
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(len(computations))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures

@@ -13,7 +13,6 @@ import torch
 from fastbert_hf.backends_fastbert import BACKENDS
 from fastbert_hf.kernels import native
 from fastbert_hf.kernels.native import build
-from fastbert_hf.kernels.native.kernels import ACTIVATION_CODES, DTYPE_CODES
 from tests.kernels import quantized_cases
 from tests.kernels.cases import check, make_leaf_problem, make_problem
 from tests.kernels.encoder_cases import (
@@ -61,14 +60,8 @@ class Emulated:
     def _load(self):
         self._forward, self._backward = self.forward_symbol, self.backward_symbol
 
-    def _call(self, function, x, tensors, out_width, sizes, activation):
-        sizes = (*x.shape, out_width, *sizes, ACTIVATION_CODES[activation])
-        self._emulate(function, tensors, (*sizes, DTYPE_CODES[x.dtype], 1))
-
-    def run(self, tensors, sizes):
-        self._emulate(self.forward_symbol, tensors, (*sizes, DTYPE_CODES[tensors[self.typed].dtype], 1))
-
-    def _emulate(self, function, tensors, numbers):
+    def _call(self, function, tensors, *words):
+        numbers = (*words, 1)
         arguments = bytearray()
         for tensor in tensors:
             held = b"" if tensor is None else bytes(tensor.reshape(-1).view(torch.uint8).tolist())

@@ -54,6 +54,10 @@ def test_model_recipes_hold_known_fields_only(path):
     shape = path.stem.rsplit("-", 1)[1]
     if "dense" in path.stem:
         assert config.ffn_type == "dense" and config.intermediate_size == int(shape)
+    elif "leaf" in path.stem:
+        leaves, width = map(int, shape.split("x"))
+        assert (config.ffn_type, config.fff_trees, config.fff_leaf_width) == ("fff", 1, width)
+        assert config.neurons_per_layer == leaves * width
     else:
         trees, depth = map(int, shape.split("x"))
         assert (config.ffn_type, config.fff_trees, config.fff_depth) == ("fff", trees, depth)

@@ -8,6 +8,7 @@ from fastbert_hf.files import write_text
 from fastbert_hf.training.budget_trainer import BudgetTrainer
 from fastbert_hf.training.figures import plot_learning_curve, plot_tree_usage
 from fastbert_hf.training.pretraining.data import CorpusArguments, PretrainingData
+from fastbert_hf.training.pretraining.dense_start import DENSE_NEURONS, dense_start
 from fastbert_hf.training.publishing import write_card, write_recipe
 from fastbert_hf.training.runs import is_main_process, write_summary
 from fastbert_hf.training.tree_usage import TreeUsageCallback, dead_leaf_names
@@ -56,6 +57,7 @@ def write_pretraining_report(
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "dead_nodes": sum(layer["dead_nodes"] for layer in usage) if usage else None,
         "dead_leaves": dead_leaf_names(usage),
+        "dense_start": dense_start(trainer.provenance, clock.spent.steps),
         "seed": args.seed,
         "sources": data.sources,
     }
@@ -85,8 +87,9 @@ def _trained_with(trainer: BudgetTrainer) -> dict[str, Any]:
     following = [part["from_step"] for part in (*earlier[1:], last)]
     for number, (part, end) in enumerate(zip(earlier, following), start=1):
         budget = ", ".join(f"{unit} {amount:g}" for unit, amount in part["budget"].items())
+        dense = f", dense layers of {part[DENSE_NEURONS]}" if DENSE_NEURONS in part else ""
         recipe[f"earlier_part_{number}"] = (
-            f"{budget}, world_size {part['world_size']}, {part['precision']}, until step {end}"
+            f"{budget}, world_size {part['world_size']}, {part['precision']}{dense}, until step {end}"
         )
     return recipe
 

@@ -1,6 +1,7 @@
 """Masked-language-model pretraining: text, a model recipe and a budget in, a model folder and a summary out."""
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from fastbert_hf.data.corpus_store import StoredCorpus
 from fastbert_hf.data.masking import IGNORE_INDEX, check_probability
+from fastbert_hf.data.order import MicrobatchOrder
 from fastbert_hf.data.tokenizer import load_tokenizer, tokenizer_digest
 from fastbert_hf.training.budget import UNITS, BudgetClock
 from fastbert_hf.training.budget_progress import show_budget
 from fastbert_hf.training.budget_trainer import BudgetTrainer
 from fastbert_hf.training.checkpoints import check_checkpoint, find_checkpoint, remove_checkpoints
+from fastbert_hf.training.distillation.start_from_data import MAX_ROWS
 from fastbert_hf.training.leaf_balance import add_balance, check_balance
 from fastbert_hf.training.pretraining.data import (
     CorpusArguments,
@@ -24,6 +27,7 @@ from fastbert_hf.training.pretraining.data import (
     load_pretraining_data,
     text_identity,
 )
+from fastbert_hf.training.pretraining.dense_start import check_dense_start, write_dense_start
 from fastbert_hf.training.pretraining.model import build_model
 from fastbert_hf.training.pretraining.report import write_pretraining_report
 from fastbert_hf.training.provenance import (
@@ -50,7 +54,7 @@ BEST = (
 NOT_COMPARED = (
     "overwrite_output_dir", "save_minutes", "evaluations", "verify_corpus", "mixed_precision", *UNITS,
     "corpus", "train_file", "validation_file", "validation_fraction", "text_column", "vocab_size",
-    "model_config", "model_name_or_path", "tokenizer_name",
+    "model_config", "model_name_or_path", "tokenizer_name", "dense_checkpoint",
 )  # fmt: skip
 
 
@@ -63,6 +67,10 @@ class PretrainingArguments(CorpusArguments):
     )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "continue from these weights instead of a new model from model_config"}
+    )
+    dense_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "checkpoint of a dense run on this text: leaf trees begin with its neurons, at its place"},
     )
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "tokenizer folder or Hub name; a prepared corpus brings its own"}
@@ -245,6 +253,8 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     trainer = _trainer(options, args, model, tokenizer, data, clock, size, provenance)
     if options.overwrite_output_dir and is_main_process(args):
         remove_checkpoints(args.output_dir)
+    if checkpoint is None and options.dense_checkpoint is not None:
+        checkpoint = _begin_dense(options, args, model, data, provenance)
     add_hub_files(trainer)
     if checkpoint is not None:
         trainer.resume(checkpoint)
@@ -262,6 +272,24 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     summary = write_pretraining_report(trainer, options, data, metrics)
     publish(trainer)
     return model, summary
+
+
+def _begin_dense(
+    options: PretrainingArguments,
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    data: PretrainingData,
+    provenance: Provenance,
+) -> str:
+    """The checkpoint that a run of trees goes on from: a dense run's, with trees in place of its dense layers."""
+    with args.main_process_first(local=False, desc="turning dense layers into trees"):
+        if is_main_process(args):
+            order = MicrobatchOrder(len(data.train), args.train_batch_size, args.seed)
+            count = math.ceil(MAX_ROWS / (args.train_batch_size * options.max_seq_length))
+            rows = itertools.islice(order, count)
+            batches = [data.collator([data.train[row] for row in some]) for some in rows]
+            write_dense_start(options.dense_checkpoint, model, batches, args.output_dir, provenance, args.seed)
+    return find_checkpoint(args)
 
 
 def _tokenizer_name(options: PretrainingArguments) -> str | None:
@@ -302,6 +330,9 @@ def _provenance(
     settings |= text_identity(options) | {"tokenizer": tokenizer_digest(tokenizer)}
     if options.model_name_or_path is not None:
         settings["model"] = weights_identity(options.model_name_or_path, model.config)
+    if options.dense_checkpoint is not None:
+        check_dense_start(options.dense_checkpoint, settings, model)
+        settings["dense_checkpoint"] = weights_identity(options.dense_checkpoint, model.config)
     settings = as_json(settings)
     earlier = Provenance.read(checkpoint) if checkpoint is not None else None
     if earlier is not None:

@@ -15,7 +15,7 @@ class ComparisonArguments:
     """Options of this command."""
 
     runs: list[str] = field(
-        metadata={"help": "output folders of `fastbert pretrain`; several seeds of a model count"}
+        metadata={"help": "output folders of `fastbert pretrain`, or earlier comparison.json; several seeds count"}
     )
     output_dir: str = field(metadata={"help": "where comparison.md, comparison.json and the plots go"})
     baseline: str | None = field(

@@ -1,13 +1,15 @@
 """Finished pretraining runs side by side: what each model reached, and which differences exceed those of seeds."""
 
 import json
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import AutoConfig
 
+from fastbert_hf.configuration_fastbert import FastBertConfig
 from fastbert_hf.files import write_text
 from fastbert_hf.training.budget import with_current_names
 from fastbert_hf.training.figures import plot_curves
@@ -19,21 +21,44 @@ AXES = {  # column of a history -> name on the axis, divisor, file
 }
 
 
+# options that make two runs of a model two models, where they differ -> how they are called
+VARIED = {"learning_rate": "rate {:g}", "balance_leaves": "balance {:g}"}
+
+
 @dataclass(frozen=True)
 class FinishedRun:
     """One run.
 
     Attributes:
-        model: what the model is called: trees by trees x depth, dense ones by width.
+        model: what the model is called: trees by trees x depth, leaf trees by leaves x width, dense ones by width;
+            and what dense run it began from.
         neurons: (used by a token, there in a layer).
         summary: its summary.json.
         curve: held-out losses in time: [{"eval_loss", "tokens", "cpu_seconds", ...}].
+        options: those of `VARIED`, as far as they are known.
     """
 
     model: str
     neurons: tuple[int, int]
     summary: dict[str, Any]
     curve: list[dict[str, float]]
+    options: dict[str, float] = field(default_factory=dict)
+
+
+def read_runs(path: str | Path) -> list[FinishedRun]:
+    """The run of a folder, or those that the comparison.json of an earlier comparison holds.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    path = Path(path)
+    if path.suffix != ".json":
+        return [read_run(path)]
+    try:
+        entries = with_current_names(json.loads(path.read_text(encoding="utf-8")))
+        return [FinishedRun(**{**entry, "neurons": tuple(entry["neurons"])}) for entry in entries]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{str(path)!r} holds no comparison of runs: {error}") from error
 
 
 def read_run(folder: str | Path) -> FinishedRun:
@@ -44,17 +69,53 @@ def read_run(folder: str | Path) -> FinishedRun:
     """
     folder = Path(folder)
     try:
-        summary, history = (
+        summary, history, recipe = (
             with_current_names(json.loads((folder / name).read_text(encoding="utf-8")))
-            for name in ("summary.json", HISTORY)
+            for name in ("summary.json", HISTORY, "recipe.json")
         )
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"{str(folder)!r} holds no finished pretraining run: {error}") from error
-    trees = config.ffn_type == "fff"
-    name = f"FastBERT {config.fff_trees}x{config.fff_depth}" if trees else f"dense {config.intermediate_size}"
+    name = _name(config)
+    if start := summary.get("dense_start"):
+        name += f" from dense {start['neurons']} at {start['fraction']:.0%}"
     curve = [entry for entry in history if "eval_loss" in entry]
-    return FinishedRun(name, (config.neurons_per_token, config.neurons_per_layer), summary, curve)
+    options = {option: recipe[option] for option in VARIED if recipe.get(option) is not None}
+    return FinishedRun(name, (config.neurons_per_token, config.neurons_per_layer), summary, curve, options)
+
+
+def _name(config: FastBertConfig) -> str:
+    """What a model is called."""
+    if config.ffn_type != "fff":
+        return f"dense {config.intermediate_size}"
+    if config.fff_leaf_width is None:
+        return f"FastBERT {config.fff_trees}x{config.fff_depth}"
+    trees = f"{config.fff_trees} x " if config.fff_trees > 1 else ""
+    return f"leaves {trees}{2**config.fff_depth}x{config.fff_leaf_width}"
+
+
+def _told_apart(runs: list[FinishedRun]) -> list[FinishedRun]:
+    """The runs; where those of one model differ in an option of `VARIED`, its value becomes a part of the name.
+
+    The most frequent value of a model's runs is left out.
+    """
+    named = list(runs)
+    for option, words in VARIED.items():
+        for model in {run.model for run in runs}:
+            values = [run.options[option] for run in runs if run.model == model and option in run.options]
+            if len(set(values)) < 2:
+                continue
+            usual = Counter(values).most_common(1)[0][0]
+            for number, run in enumerate(runs):
+                if run.model == model and run.options.get(option, usual) != usual:
+                    name = f"{named[number].model}, {words.format(run.options[option])}"
+                    named[number] = replace(named[number], model=name)
+    return named
+
+
+def _sources(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """The texts of a run, by what identifies them."""
+    return [{name: value for name, value in source.items() if name != "license"} for source in summary["sources"]]
 
 
 def by_model(runs: list[FinishedRun]) -> dict[str, list[FinishedRun]]:
@@ -64,6 +125,7 @@ def by_model(runs: list[FinishedRun]) -> dict[str, list[FinishedRun]]:
         ValueError: two runs of one model have the same seed, or runs saw different text or had different budgets.
     """
     groups: dict[str, list[FinishedRun]] = {}
+    runs = _told_apart(runs)
     for run in runs:
         groups.setdefault(run.model, []).append(run)
     for name, group in groups.items():
@@ -71,7 +133,8 @@ def by_model(runs: list[FinishedRun]) -> dict[str, list[FinishedRun]]:
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"{name} has two runs with the same seed: {sorted(seeds)}")
     for key in ("budget", "sources", "validation_sequences", "unigram_loss"):
-        if len({json.dumps(run.summary[key], sort_keys=True) for run in runs}) > 1:
+        values = [_sources(run.summary) if key == "sources" else run.summary[key] for run in runs]
+        if len({json.dumps(value, sort_keys=True) for value in values}) > 1:
             raise ValueError(f"the runs differ in {key}: they cannot be compared")
     return groups
 
@@ -125,7 +188,7 @@ def compare(folders: list[str], baseline: str | None, output_dir: str | Path) ->
     """Write comparison.md, comparison.json and the two plots.
 
     Args:
-        folders: output folders of finished runs.
+        folders: output folders of finished runs, and comparison.json files of earlier comparisons.
         baseline: model to compare with; default: the widest dense one.
         output_dir: where to write.
 
@@ -135,7 +198,7 @@ def compare(folders: list[str], baseline: str | None, output_dir: str | Path) ->
     Raises:
         ValueError: runs that cannot be compared, or an unknown baseline.
     """
-    runs = [read_run(folder) for folder in folders]
+    runs = [run for folder in folders for run in read_runs(folder)]
     groups = by_model(runs)
     if baseline is None:
         dense = [name for name in groups if name.startswith("dense")]
@@ -146,8 +209,7 @@ def compare(folders: list[str], baseline: str | None, output_dir: str | Path) ->
     output_dir = Path(output_dir)
     unigram = runs[0].summary["unigram_loss"]
     write_text(output_dir / "comparison.md", f"{table}\n\nToken frequencies alone: {unigram:.3f}.\n")
-    kept = [{"model": run.model, "neurons": run.neurons, "summary": run.summary, "curve": run.curve} for run in runs]
-    write_text(output_dir / "comparison.json", json.dumps(kept, indent=1) + "\n")
+    write_text(output_dir / "comparison.json", json.dumps([asdict(run) for run in runs], indent=1) + "\n")
     for column, (label, divisor, file) in AXES.items():
         lines = {
             name: [[(point[column] / divisor, point["eval_loss"]) for point in run.curve] for run in group]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastbert_hf.training.pretraining.comparison import by_model, compare_losses, read_run
+from fastbert_hf.training.pretraining.comparison import FinishedRun, by_model, compare_losses, read_run, read_runs
 from fastbert_hf.training.pretraining.run import pretrain
 from tests.training.runs import arguments
 
@@ -71,3 +71,28 @@ def test_runs_that_differ_in_text_budget_or_seed_are_not_compared(runs, tmp_path
         read_run(tmp_path)
     with pytest.raises(ValueError, match="baseline must be one of FastBERT 1x2, dense 7; got 'dense 8'"):
         compare_runs.main(["--runs", *map(str, runs), "--output_dir", str(tmp_path), "--baseline", "dense 8"])
+
+
+def test_an_earlier_comparison_counts_as_its_runs(runs, tmp_path):
+    first = compare_runs.main(["--runs", *map(str, runs[:3]), "--output_dir", str(tmp_path / "first")])
+    earlier = tmp_path / "first" / "comparison.json"
+    assert read_runs(earlier) == [read_run(folder) for folder in runs[:3]]
+    both = compare_runs.main(["--runs", str(earlier), str(runs[3]), "--output_dir", str(tmp_path / "both")])
+    assert both == compare_runs.main(["--runs", *map(str, runs), "--output_dir", str(tmp_path / "all")]) != first
+    earlier.write_text('[{"model": "dense 7"}]')
+    with pytest.raises(ValueError, match="holds no comparison of runs"):
+        read_runs(earlier)
+
+
+def test_runs_that_differ_in_rate_are_two_models(runs):
+    run = read_run(runs[0])
+    assert run.options["learning_rate"] == 1e-2
+
+    def other(seed, **options):
+        return FinishedRun(run.model, run.neurons, {**run.summary, "seed": seed}, run.curve, options)
+
+    found = by_model([run, other(1, learning_rate=1e-2), other(0, learning_rate=2e-2), other(2)])
+    assert {name: [each.summary["seed"] for each in group] for name, group in found.items()} == {
+        "FastBERT 1x2": [0, 1, 2],
+        "FastBERT 1x2, rate 0.02": [0],
+    }

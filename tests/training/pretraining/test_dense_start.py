@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
 
 import fastbert_hf  # noqa: F401  registers the model with the Auto classes
+from fastbert_hf.training.pretraining.comparison import read_run
 from fastbert_hf.training.pretraining.dense_start import optimizer_order
 from fastbert_hf.training.pretraining.run import pretrain
 from tests.training.conftest import TINY_MODEL
@@ -61,6 +62,7 @@ def test_summary_and_recipe_say_what_the_run_began_from(dense, started):
     folder, _, summary = started
     assert summary["dense_start"] == {"neurons": 12, "fraction": 0.5}
     assert json.loads((dense / "summary.json").read_text())["dense_start"] is None
+    assert read_run(folder).model == "leaves 4x12 from dense 12 at 50%"
     recipe = json.loads((folder / "recipe.json").read_text())
     assert recipe["earlier_part_1"] == "max_steps 6, world_size 1, fp32, dense layers of 12, until step 3"
 

@@ -29,6 +29,9 @@ class TreeLayer(nn.Module):
 
     Args:
         max_depth: the largest depth of this form. others: further sizes of at least 1, by name.
+    Attributes:
+        leaf_counts: (P, 2^D) int64 or None. Where it is a tensor, forward in training adds the rows that took each
+            leaf, which is a node of the last level in the published form. It is not part of the model's state.
     Raises:
         ValueError: a size outside its range or an unknown activation.
     """
@@ -57,6 +60,18 @@ class TreeLayer(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.depth, self.trees, self.activation = depth, trees, activation
         self.initializer_range = initializer_range
+        self.leaf_counts: Tensor | None = None  # no buffer: DistributedDataParallel would copy one process's to all
+
+    @property
+    def counts(self) -> bool:
+        """Whether the rows that pass now are counted."""
+        return self.training and self.leaf_counts is not None
+
+    @torch.no_grad()
+    def count(self, leaves: Tensor) -> None:
+        """Add the leaves (N, P) that rows took, numbered from the left, to `leaf_counts`."""
+        ones = torch.ones((), dtype=self.leaf_counts.dtype, device=leaves.device).expand(leaves.T.shape)
+        self.leaf_counts.scatter_add_(1, leaves.T.long(), ones)
 
     def by_rows(self, op: Callable[..., Tensor], x: Tensor, arguments: tuple) -> Tensor:
         """An op of rows, (N, H) -> (N, H_out), on x of any shape: (..., H) -> (..., H_out)."""
@@ -121,7 +136,14 @@ class FastFeedForward(TreeLayer):
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) -> (..., H_out), dtype of x."""
         parameters = (self.weight_in, self.bias_in, self.weight_out, self.trees, self.depth, self.activation)
-        return self.by_rows(fff, x, parameters)
+        return self.by_rows(self._counted if self.counts else fff, x, parameters)
+
+    def _counted(self, rows: Tensor, *arguments) -> Tensor:
+        """The op, which also counts the leaves that rows took."""
+        y, visited = torch.ops.fastbert.fff_v1(rows, *arguments)[:2]
+        last = visited.view(len(rows), self.trees, self.depth + 1)[:, :, -1]
+        self.count(last - (2**self.depth - 1))
+        return y
 
     @torch.no_grad()
     def route(self, x: Tensor) -> Tensor:

@@ -24,8 +24,6 @@ class LeafFeedForward(TreeLayer):
         initializer_range: standard deviation of the leaves' weights at initialisation.
     Parameters: router (P*r, H), threshold (P*r,), weight_in (P*m*w, H), bias_in (P*m*w,) or None,
         weight_out (P*m*w, H_out), bias_out (P*m, H_out) or None.
-    Attributes: leaf_counts (P, m) int64 or None. Where it is a tensor, forward in training adds the rows that took
-        each leaf. It is not part of the model's state.
     Raises:
         ValueError: a size outside its range or an unknown activation.
     Source: arXiv 2308.14711; the confidence that scales a leaf is ours.
@@ -59,7 +57,6 @@ class LeafFeedForward(TreeLayer):
         self.bias_in = nn.Parameter(torch.empty(neurons, **factory)) if bias else None
         self.weight_out = nn.Parameter(torch.empty(neurons, out_features, **factory))
         self.bias_out = nn.Parameter(torch.empty(leaves, out_features, **factory)) if bias else None
-        self.leaf_counts: Tensor | None = None  # no buffer: DistributedDataParallel would copy one process's to all
         self.reset_parameters()
 
     @property
@@ -97,20 +94,13 @@ class LeafFeedForward(TreeLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) -> (..., H_out), dtype of x."""
-        op = self._counted if self.leaf_counts is not None and self.training else leaf_trees
-        return self.by_rows(op, x, self.op_arguments())
+        return self.by_rows(self._counted if self.counts else leaf_trees, x, self.op_arguments())
 
     def _counted(self, rows: Tensor, *arguments) -> Tensor:
         """The op, which also counts the leaves that rows took."""
         y, leaves = torch.ops.fastbert.leaf_trees_v1(rows, *arguments)[:2]
-        self._count(leaves)
+        self.count(leaves)
         return y
-
-    @torch.no_grad()
-    def _count(self, leaves: Tensor) -> None:
-        """Add the leaves (N, P) that rows took to `leaf_counts`."""
-        ones = torch.ones((), dtype=self.leaf_counts.dtype, device=leaves.device).expand(leaves.T.shape)
-        self.leaf_counts.scatter_add_(1, leaves.T.long(), ones)
 
     @torch.no_grad()
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:

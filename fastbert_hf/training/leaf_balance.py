@@ -1,7 +1,8 @@
-"""Leaf trees whose leaves stay equally used: while a model trains, thresholds follow the median of what reaches them.
+"""Trees whose leaves stay equally used: while a model trains, thresholds follow the median of what reaches them.
 
 No loss term is involved. After each optimizer step, a router that sent more than half of its rows to the right gets a
-higher threshold, one that sent fewer a lower one. Source: ours.
+higher threshold, one that sent fewer a lower one. In the published form, where a node's neuron decides, the neuron's
+bias moves the other way, and its activation with it. Source: ours.
 """
 
 import math
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from fastbert_hf.fff_layer import TreeLayer
 from fastbert_hf.leaf_layer import LeafFeedForward
 
 if TYPE_CHECKING:
@@ -25,15 +27,26 @@ def leaf_layers(model: nn.Module) -> list[LeafFeedForward]:
     return [module for module in model.modules() if isinstance(module, LeafFeedForward)]
 
 
+def balanced_layers(model: nn.Module) -> list[TreeLayer]:
+    """The layers of trees that have thresholds: of the published form, those with a bias."""
+    layers = [module for module in model.modules() if isinstance(module, TreeLayer)]
+    return [layer for layer in layers if _threshold(layer) is not None]
+
+
+def _threshold(layer: TreeLayer) -> Tensor | None:
+    """The parameter that holds a layer's thresholds: (P*r,), or (P*n,) with the other sign, or none."""
+    return layer.threshold if isinstance(layer, LeafFeedForward) else layer.bias_in
+
+
 def start_counting(model: nn.Module) -> None:
-    """Have every layer of leaf trees count the rows of each leaf while it trains, from zero."""
-    for layer in leaf_layers(model):
+    """Have every layer of trees count the rows of each leaf while it trains, from zero."""
+    for layer in balanced_layers(model):
         layer.leaf_counts = torch.zeros(layer.trees, 2**layer.depth, dtype=torch.int64, device=layer.weight_in.device)
 
 
 def stop_counting(model: nn.Module) -> None:
     """Have no layer count any more."""
-    for layer in leaf_layers(model):
+    for layer in balanced_layers(model):
         layer.leaf_counts = None
 
 
@@ -41,12 +54,12 @@ def check_balance(rate: float, model: nn.Module | None = None) -> None:
     """Check a rate and, where it is given, that the model has what is to be balanced.
 
     Raises:
-        ValueError: a rate that is negative or not finite; one above 0 and a model without leaf trees.
+        ValueError: a rate that is negative or not finite; one above 0 and a model without trees that have thresholds.
     """
     if not 0 <= rate < math.inf:
         raise ValueError(f"balance_leaves must be a rate of 0 or above; got {rate}")
-    if rate and model is not None and not leaf_layers(model):
-        raise ValueError(f"balance_leaves is {rate} and the model has no leaf trees: fff_leaf_width is not set")
+    if rate and model is not None and not balanced_layers(model):
+        raise ValueError(f"balance_leaves is {rate} and the model has no trees, or trees without biases")
 
 
 def router_counts(leaf_counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,31 +93,42 @@ def balance_leaves(model: nn.Module, rate: float) -> None:
     A threshold of 16 bits loses a step that is smaller than its rounding: keep weights in float32.
 
     Args:
-        model: its layers of leaf trees count (`start_counting`); those that do not are left out.
+        model: its layers of trees count (`start_counting`); those that do not are left out.
         rate: in units of the logit. Rows that gradient checkpointing computes twice are counted twice.
 
     Raises:
         ValueError: a rate that is negative or not finite; weights of which this process holds a part only.
     """
     check_balance(rate)
-    layers = [layer for layer in leaf_layers(model) if layer.leaf_counts is not None]
+    layers = [layer for layer in balanced_layers(model) if layer.leaf_counts is not None]
     if not layers:
         return
     for layer, counts in zip(layers, _counted_everywhere(layers)):
-        reached, right = (count.flatten() for count in router_counts(counts))
-        if layer.threshold.shape != reached.shape:
+        reached, right = router_counts(counts)
+        threshold = _threshold(layer)
+        thresholds = reached.numel() if isinstance(layer, LeafFeedForward) else layer.neurons
+        if threshold.shape != (thresholds,):
             raise ValueError(
-                f"a layer of {len(reached)} thresholds has {tuple(layer.threshold.shape)} in this process: leaves "
+                f"a layer of {thresholds} thresholds has {tuple(threshold.shape)} in this process: leaves "
                 "cannot be balanced while weights are sharded"
             )
-        if layer.threshold.requires_grad:
+        if threshold.requires_grad:
             reached, right = reached.double(), right.double()
             excess = right / reached.clamp(min=1) - 0.5
-            layer.threshold += (rate * excess * reached / (reached + TRUSTED_ROWS)).to(layer.threshold.dtype)
+            _raise_thresholds(layer, rate * excess * reached / (reached + TRUSTED_ROWS))
         layer.leaf_counts.zero_()
 
 
-def _counted_everywhere(layers: list[LeafFeedForward]) -> list[Tensor]:
+def _raise_thresholds(layer: TreeLayer, steps: Tensor) -> None:
+    """Add steps (P, r) to the thresholds of a layer's routers."""
+    steps = steps.to(_threshold(layer).dtype)
+    if isinstance(layer, LeafFeedForward):
+        layer.threshold += steps.flatten()
+    else:  # a node's neuron decides by the sign of w x + b; nodes of the last level decide nothing
+        layer.bias_in.unflatten(0, (layer.trees, -1))[:, : steps.shape[1]] -= steps
+
+
+def _counted_everywhere(layers: list[TreeLayer]) -> list[Tensor]:
     """The counts (P, m) of every layer, over all processes: one message for all layers."""
     counts = [layer.leaf_counts for layer in layers]
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
@@ -125,8 +149,8 @@ class BalanceLeaves(TrainerCallback):
         rate: as for `balance_leaves`; 0 counts nothing and moves nothing.
 
     Raises:
-        ValueError: a rate that is negative or not finite; when training begins, a model without leaf trees or sharded
-            weights.
+        ValueError: a rate that is negative or not finite; when training begins, a model without trees that have
+            thresholds, or sharded weights.
     """
 
     def __init__(self, rate: float):
@@ -159,7 +183,7 @@ class BalanceLeaves(TrainerCallback):
 
 def _was_taken(model: nn.Module) -> bool:
     """Whether the step's gradients are finite, by those of the thresholds, which all processes share."""
-    thresholds = [layer.threshold for layer in leaf_layers(model) if layer.threshold.numel()]
+    thresholds = [_threshold(layer) for layer in balanced_layers(model) if _threshold(layer).numel()]
     gradients = [threshold.grad for threshold in thresholds if threshold.requires_grad]
     return all(gradient is not None and bool(gradient.isfinite().all()) for gradient in gradients)
 
@@ -168,7 +192,7 @@ def add_balance(trainer: "Trainer", rate: float) -> None:
     """Balance the leaves of a trainer's model while it trains; a rate of 0 does nothing.
 
     Raises:
-        ValueError: a rate that is negative or not finite, or a model without leaf trees.
+        ValueError: a rate that is negative or not finite, or a model without trees that have thresholds.
     """
     check_balance(rate, trainer.model)
     if rate:

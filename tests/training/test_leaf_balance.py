@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
 
-from fastbert_hf import FastBertConfig, FastBertForSequenceClassification, LeafFeedForward
+from fastbert_hf import FastBertConfig, FastBertForSequenceClassification, FastFeedForward, LeafFeedForward
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.recipes import load_yaml
 from fastbert_hf.training.leaf_balance import (
@@ -86,6 +86,31 @@ def test_only_training_is_counted_and_frozen_thresholds_stay():
     assert torch.equal(layer.threshold, before) and layer.leaf_counts.sum() == 0
 
 
+def test_biases_of_the_published_form_follow_medians_too():
+    torch.manual_seed(0)
+    layer = FastFeedForward(8, 8, depth=3, trees=2).train()
+
+    def fractions(x):
+        leaves = layer.route(x)[:, :, -1] - 7  # of 15 nodes the last 8
+        return [torch.bincount(leaves[:, tree], minlength=8) / len(x) for tree in range(2)]
+
+    start_counting(layer)
+    x = rows(100)
+    expected = [(fraction * 100).round().long().tolist() for fraction in fractions(x)]
+    y = layer(x)
+    assert layer.leaf_counts.tolist() == expected and torch.equal(y, layer.eval()(x))
+    before = [fraction.max() for fraction in fractions(rows(seed=1))]
+    start = layer.bias_in.detach().clone()
+    with torch.no_grad():
+        for step in range(400):
+            layer.train()(rows(1000, seed=10 + step))
+            balance_leaves(layer, 0.02)  # its logits have a standard deviation of 0.06
+    for tree, after in enumerate(fractions(rows(20000, seed=2))):
+        assert before[tree] > 0.4 and after.min() > 0.5 / 8 and after.max() < 1.6 / 8
+    moved = (layer.bias_in.detach() != start).view(2, 15)
+    assert moved[:, :7].all() and not moved[:, 7:].any()  # nodes of the last level decide nothing
+
+
 @pytest.mark.parametrize("rate", [-0.1, float("nan"), float("inf")])
 def test_a_bad_rate_is_named(rate):
     with pytest.raises(ValueError, match=f"0 or above; got {rate}"):
@@ -94,11 +119,14 @@ def test_a_bad_rate_is_named(rate):
         BalanceLeaves(rate)
 
 
-def test_sharded_thresholds_are_refused():
-    layer = LeafFeedForward(8, 8, 2, 1)
+@pytest.mark.parametrize(
+    ("layer", "name", "count"),
+    [(LeafFeedForward(8, 8, 2, 1), "threshold", 3), (FastFeedForward(8, 8, 2), "bias_in", 7)],
+)
+def test_sharded_thresholds_are_refused(layer, name, count):
     start_counting(layer)
-    layer.threshold = torch.nn.Parameter(torch.zeros(1))
-    with pytest.raises(ValueError, match="3 thresholds has \\(1,\\) in this process"):
+    setattr(layer, name, torch.nn.Parameter(torch.zeros(1)))
+    with pytest.raises(ValueError, match=f"{count} thresholds has \\(1,\\) in this process"):
         balance_leaves(layer, 1.0)
 
 
@@ -177,10 +205,13 @@ def test_a_step_that_was_not_taken_moves_nothing(tmp_path):
     assert not torch.equal(thresholds(model), before)
 
 
-def test_a_model_without_leaf_trees_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="balance_leaves is 0\\.1 and the model has no leaf trees"):
-        trainer(classifier(fff_leaf_width=None), tmp_path, 0.1)
-    trainer(classifier(fff_leaf_width=None), tmp_path, 0.0)
+@pytest.mark.parametrize(
+    "fields", [{"ffn_type": "dense", "fff_leaf_width": None}, {"fff_leaf_width": None, "fff_bias": False}]
+)
+def test_a_model_without_thresholds_is_refused(tmp_path, fields):
+    with pytest.raises(ValueError, match="balance_leaves is 0\\.1 and the model has no trees"):
+        trainer(classifier(**fields), tmp_path, 0.1)
+    trainer(classifier(**fields), tmp_path, 0.0)
 
 
 # ---- under pretraining
@@ -217,8 +248,10 @@ def test_a_balanced_run_resumes_bit_for_bit_and_reports_its_leaves(leafy, tmp_pa
 def test_pretraining_names_a_bad_rate_and_a_model_without_leaves(leafy, tiny, tmp_path):
     with pytest.raises(ValueError, match="0 or above; got -1"):
         pretrain(*arguments(leafy, tmp_path / "out", balance_leaves=-1.0))
-    with pytest.raises(ValueError, match="no leaf trees"):
-        pretrain(*arguments(tiny, tmp_path / "out", balance_leaves=0.1))
+    dense = tmp_path / "dense.yaml"
+    dense.write_text(TINY_MODEL + "ffn_type: dense\n")
+    with pytest.raises(ValueError, match="no trees"):
+        pretrain(*arguments(tiny, tmp_path / "out", balance_leaves=0.1, model_config=str(dense)))
     assert not (tmp_path / "out").exists()
 
 

@@ -208,7 +208,8 @@ def fit_layer(
     optimizer = torch.optim.AdamW(layer.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     clock = BudgetClock("budget_hours", seconds / 3600)
     layer.train()
-    start_counting(layer)
+    if isinstance(layer, LeafFeedForward):
+        start_counting(layer)
     losses: list[float] = []
     clock.start()
     while (fraction := _spent_part(clock, settings.steps)) < 1:

@@ -53,7 +53,7 @@ class DataTrainingArguments:
     )
     balance_leaves: float = field(
         default=0.0,
-        metadata={"help": "rate at which leaf trees' thresholds follow medians, e.g. 0.5; 0: never"},
+        metadata={"help": "rate at which trees' thresholds follow medians, e.g. 0.5; 0: never"},
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "remove what output_dir holds of these runs instead of resuming from it"}

@@ -116,7 +116,7 @@ class PretrainingArguments(CorpusArguments):
     )
     balance_leaves: float = field(
         default=0.0,
-        metadata={"help": "rate at which leaf trees' thresholds follow medians, e.g. 0.5; 0: never"},
+        metadata={"help": "rate at which trees' thresholds follow medians, e.g. 0.5; 0: never"},
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "remove the checkpoints in output_dir instead of resuming from them"}

@@ -151,8 +151,8 @@ def _remove_run(folder: Path) -> None:
 def _load_text(options: DistillationArguments, teacher: Teacher, seed: int) -> tuple[Dataset, Dataset]:
     """Batches to train on and batches held out."""
     draw = random.Random(seed)
-    with_pairs = isinstance(teacher.model, FastBertForSequenceClassification)
-    reading = (options.train_file, options.texts_per_file, draw, with_pairs)
+    classifies = isinstance(teacher.model, FastBertForSequenceClassification)
+    reading = (options.train_file, options.texts_per_file, draw, classifies or options.pairs, not classifies)
     labels: dict[Text, float] = {}
     if options.label_weight:
         label_of, unknown = training_labels(teacher)
@@ -166,8 +166,8 @@ def _load_text(options: DistillationArguments, teacher: Teacher, seed: int) -> t
     parts = split_texts(texts, options.held_out_texts, draw)
     if not parts[1]:
         raise ValueError(f"the text holds {len(parts[0])} different texts; expected at least 10, to hold some back")
-    if teacher.prompt:  # of an embedder, whose texts are no pairs
-        parts = tuple([teacher.prompt + text for text in part] for part in parts)
+    if teacher.prompt:  # of an embedder, which puts it before single texts
+        parts = tuple([teacher.prompt + text if isinstance(text, str) else text for text in part] for part in parts)
     sizes = (options.batch_size, min(options.batch_size, len(parts[1])))
     length = text_length(options, teacher)
     batches = []

@@ -71,6 +71,13 @@ class DistillationArguments:
         metadata={"help": "times the speed of the original at 1 x 128 tokens: chooses fff_leaf_width by measuring"},
     )
     texts_per_file: int = field(default=100_000, metadata={"help": "texts taken from each file, at random, at most"})
+    pairs: bool = field(
+        default=False,
+        metadata={
+            "help": "read rows of two texts as pairs too, for a student that will be fine-tuned on pairs; of a "
+            "classifier's rows nothing else is read"
+        },
+    )
     held_out_texts: int = field(default=1000, metadata={"help": "texts kept back to measure on, at most"})
     max_seq_length: int = field(default=128, metadata={"help": "longer texts are cut to this many tokens"})
     batch_size: int = field(default=48, metadata={"help": "texts of an optimizer step"})

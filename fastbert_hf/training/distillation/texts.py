@@ -39,16 +39,19 @@ def check_text_files(files: Iterable[str]) -> None:
             raise ValueError(f"data file {file!r} does not exist")
 
 
-def read_texts(files: Sequence[str], count: int, draw: random.Random, pairs: bool = False) -> list[Text]:
+def read_texts(
+    files: Sequence[str], count: int, draw: random.Random, pairs: bool = False, singles: bool = True
+) -> list[Text]:
     """Texts of several files: of each, `count` at random (of a text file, among its first 20 * count lines).
 
     Args:
         files: tables, of which every string is a text, and text files with one text a line.
         count: for each file, at most.
         draw: what chooses.
-        pairs: a row of a table that has two texts is one text, a pair.
+        pairs: a row of a table that has two texts gives them as a pair.
+        singles: it gives each of them as a text.
     """
-    return [text for text, _ in read_examples(files, count, draw, pairs)]
+    return [text for text, _ in read_examples(files, count, draw, pairs, singles)]
 
 
 def read_examples(
@@ -56,6 +59,7 @@ def read_examples(
     count: int,
     draw: random.Random,
     pairs: bool = False,
+    singles: bool = True,
     label_of: Callable[[Any, str], float | None] = lambda value, file: None,
 ) -> list[tuple[Text, float | None]]:
     """The texts of `read_texts`, each with its label; None where there is none.
@@ -66,7 +70,7 @@ def read_examples(
     examples: list[tuple[Text, float | None]] = []
     for file in files:
         if Path(file).suffix in TABLE_SUFFIXES:
-            found = itertools.chain.from_iterable(_row_examples(row, pairs) for row in iter_rows(file))
+            found = itertools.chain.from_iterable(_row_examples(row, pairs, singles) for row in iter_rows(file))
         else:
             found = ((text, None) for text in itertools.islice(read_documents([file]), 20 * count))
         sample = _sample(found, count, draw)
@@ -85,10 +89,12 @@ def _sample(items: Iterable[Item], count: int, draw: random.Random) -> list[Item
     return kept
 
 
-def _row_examples(row: dict, pairs: bool) -> list[tuple[Text, Any]]:
-    """The texts of a row, with its label where they are one text or a pair."""
+def _row_examples(row: dict, pairs: bool, singles: bool) -> list[tuple[Text, Any]]:
+    """The texts of a row, with its label where it has one text, or a pair and nothing else is asked for."""
     values = [value for name, value in row.items() if isinstance(value, str) and value and name not in LABELS]
-    texts = [tuple(values)] if pairs and len(values) == 2 else values
+    texts: list[Text] = list(values)
+    if pairs and len(values) == 2:
+        texts = [*(values if singles else ()), tuple(values)]
     label = next((row[name] for name in SCORES if name in row), None)
     return [(text, label if len(texts) == 1 else None) for text in texts]
 

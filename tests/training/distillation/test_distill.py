@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 from fastbert_hf import FastBertForSequenceClassification, FastBertModel, LeafFeedForward
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.training.budget import BudgetClock
-from fastbert_hf.training.distillation import student_fit
+from fastbert_hf.training.distillation import run, student_fit
 from fastbert_hf.training.distillation.teacher import fast_dtype
 from fastbert_hf.training.distillation.texts import TextBatches
 from fastbert_hf.training.distillation.trainer import DistillationTrainer
@@ -64,6 +64,18 @@ def test_the_embeddings_are_those_of_the_teacher(tiny, bert, tmp_path):
     student, teacher = AutoModel.from_pretrained(tmp_path), FastBertModel.from_pretrained(bert)
     for name, value in teacher.embeddings.state_dict().items():
         assert torch.equal(student.embeddings.state_dict()[name], value), name
+
+
+@pytest.mark.slow
+def test_an_embedder_reads_pairs_beside_texts_where_asked(embedder, tmp_path, monkeypatch):
+    rows = [{"a": f"the river {i}", "b": f"a stone {i}"} for i in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    read, batches = [], run.TextBatches
+    monkeypatch.setattr(run, "TextBatches", lambda texts, *rest: read.extend(texts) or batches(texts, *rest))
+    distill(embedder, tmp_path / "pairs.jsonl", tmp_path / "out", pairs=True, max_steps=2)
+    assert sum(isinstance(text, tuple) for text in read) == 60 and len(read) == 180
+    prompted = [text.startswith("passage: ") for text in read if isinstance(text, str)]
+    assert all(prompted) or not any(prompted)
 
 
 @pytest.mark.slow

@@ -30,6 +30,20 @@ def test_texts_of_a_long_file_are_a_uniform_sample(suffix, tmp_path):
     assert all(abs(count - 500) < 100 for count in counts)  # 4.5 standard deviations
 
 
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ({}, ["one", "two", "alone"]),
+        ({"pairs": True, "singles": False}, [("one", "two"), "alone"]),
+        ({"pairs": True}, ["one", "two", ("one", "two"), "alone"]),
+    ],
+)
+def test_a_row_of_two_texts_is_read_as_texts_as_a_pair_or_as_both(tmp_path, kinds, expected):
+    rows = [{"a": "one", "b": "two", "label": 1}, {"a": "alone"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read_texts([str(tmp_path / "a.jsonl")], 10, random.Random(0), **kinds) == expected
+
+
 @pytest.mark.parametrize("short", [7, 40])
 def test_so_many_of_the_tokens_are_masked_however_much_padding_there_is(tiny, short):
     tokenizer = load_tokenizer(tiny / "tokenizer")

@@ -19,6 +19,7 @@ sys.path.insert(0, str(SCRIPTS))  # as when a script is started
 import demo  # noqa: E402
 import distill_demo  # noqa: E402
 import pretrain_mlm  # noqa: E402
+import pretraining_study  # noqa: E402
 import run_glue  # noqa: E402
 import train_tokenizer  # noqa: E402
 
@@ -174,3 +175,34 @@ def test_tokenizer_script_writes_a_folder_and_refuses_a_file(tmp_path, capsys):
     with pytest.raises(ValueError, match="corpus is empty"):
         train_tokenizer.main(["--train_file", str(tmp_path / "empty.txt"), "--output_dir", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_the_pretraining_study_does_what_is_missing_and_what_it_begins_from(tmp_path, monkeypatch, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "\n".join(f"river {i} flows under the stone number {i} and over grass {i * i}" for i in range(2000))
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPTS.parent))
+    prepare = ["--train_file", str(text), "--vocab_size", "200", "--max_seq_length", "16", "--output_dir", "corpus"]
+    prepared = start("prepare_corpus.py", *prepare[:-1], tmp_path / "corpus")
+    assert prepared.returncode == 0, prepared.stderr
+    options = "--options=--budget_tokens 16384 --disable_tqdm true --use_cpu true"
+    command = ["--corpus", "corpus", "--output_dir", "study", "--seeds", "0", options, "--runs"]
+    table = pretraining_study.main([*command, "leaf-16x32-from-32"])
+    assert "| leaves 16x32 from dense 32 at 25% | 32 of 512 |" in table and "| dense 32 | 32 of 32 |" in table
+    summary = json.loads((tmp_path / "study" / "leaf-16x32-from-32-0" / "summary.json").read_text())
+    assert summary["steps"] == 8 and summary["dense_start"] == {"neurons": 32, "fraction": 0.25}
+    assert (tmp_path / "study" / "comparison" / "loss-against-tokens.png").stat().st_size > 0
+    capsys.readouterr()
+    assert pretraining_study.main([*command, "dense-32", "leaf-16x32-from-32"]) == table
+    assert "seed 0" not in capsys.readouterr().out  # nothing was done again
+    with pytest.raises(ValueError, match="unknown name 'dense-1'"):
+        pretraining_study.main([*command, "dense-1"])
+
+
+def test_every_run_of_the_study_has_a_recipe_and_a_dense_start():
+    for name, run in pretraining_study.RUNS.items():
+        assert (SCRIPTS.parent / "configs" / "model" / f"study-{run.model}.yaml").is_file(), name
+        assert run.start is None or pretraining_study.RUNS[run.start[0]].model.startswith("dense"), name

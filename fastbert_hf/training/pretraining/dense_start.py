@@ -64,10 +64,12 @@ def check_dense_start(checkpoint: str, settings: dict[str, Any], model: PreTrain
         model: of the run of trees.
 
     Raises:
-        ValueError: the model has no leaf trees, or the dense run had another text, other sequences or another seed.
+        ValueError: the model has no leaf trees, the checkpoint is damaged or of another kind of model, or the dense
+            run had another text, other sequences or another seed.
     """
     if not leaf_layers(model):
         raise ValueError("--dense_checkpoint is for leaf trees, and the model has none: fff_leaf_width is not set")
+    _outside_layers(model, load_dense(checkpoint))
     earlier = Provenance.read(checkpoint)
     for name in SAME if earlier is not None else ():
         if name in earlier.settings and earlier.settings[name] != settings.get(name):
@@ -84,7 +86,7 @@ def write_dense_start(
     output_dir: str,
     provenance: Provenance,
     seed: int = 0,
-) -> str:
+) -> None:
     """Write the first checkpoint of a run of trees from the checkpoint of a dense run.
 
     Leaves begin as `initialize_from_data` has it: each with the neurons of the dense layer that explain most of its
@@ -98,14 +100,11 @@ def write_dense_start(
         output_dir: of the run of trees. provenance: what that run is made with; it gets the dense run's parts.
         seed: for what is random.
 
-    Returns:
-        The new checkpoint's folder, OUTPUT_DIR/checkpoint-N for a dense checkpoint of N steps.
-
     Raises:
         ValueError: the models do not fit, or the checkpoint cannot be written.
     """
     dense = load_dense(checkpoint)
-    _take_over(model, dense)
+    model.load_state_dict(_outside_layers(model, dense), strict=False)
     layers = dense_feed_forward(dense.fastbert)
     with tempfile.TemporaryDirectory() as folder:
         weights = [DenseWeights.of(layer.dense_in, layer.dense_out) for layer in layers]
@@ -114,8 +113,7 @@ def write_dense_start(
     if earlier is not None:
         neurons = len(layers[0].dense_in.weight)
         provenance.parts = [{**part, DENSE_NEURONS: neurons} for part in earlier.parts]
-    steps = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))["global_step"]
-    name = f"checkpoint-{steps}"
+    name = dense_start_folder(checkpoint, output_dir).name
     with staged_checkpoint(output_dir, name, None, True, lambda: None) as stage:
         folder = stage / name
         model.save_pretrained(folder)
@@ -124,18 +122,23 @@ def write_dense_start(
             for file in Path(checkpoint).glob(pattern):
                 shutil.copyfile(file, folder / file.name)
         provenance.write(folder)
-    return str(Path(output_dir) / name)
 
 
-def _take_over(model: PreTrainedModel, dense: PreTrainedModel) -> None:
-    """Give a model the weights of a dense one, feed-forward layers aside."""
+def dense_start_folder(checkpoint: str, output_dir: str) -> Path:
+    """Where `write_dense_start` writes: OUTPUT_DIR/checkpoint-N for a dense checkpoint of N steps."""
+    steps = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))["global_step"]
+    return Path(output_dir) / f"checkpoint-{steps}"
+
+
+def _outside_layers(model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights of a dense model, feed-forward layers aside; the model must have the same."""
     theirs = {name: value for name, value in dense.state_dict().items() if ".ffn." not in name}
     ours = {name: value for name, value in model.state_dict().items() if ".ffn." not in name}
     for name in sorted(theirs.keys() | ours.keys()):
         shapes = [tuple(part[name].shape) if name in part else None for part in (theirs, ours)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"{name} is {shapes[0]} in the dense checkpoint and {shapes[1]} in this run's model")
-    model.load_state_dict(theirs, strict=False)
+    return theirs
 
 
 def optimizer_order(model: nn.Module) -> list[list[str]]:

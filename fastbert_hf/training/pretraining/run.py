@@ -27,7 +27,11 @@ from fastbert_hf.training.pretraining.data import (
     load_pretraining_data,
     text_identity,
 )
-from fastbert_hf.training.pretraining.dense_start import check_dense_start, write_dense_start
+from fastbert_hf.training.pretraining.dense_start import (
+    check_dense_start,
+    dense_start_folder,
+    write_dense_start,
+)
 from fastbert_hf.training.pretraining.model import build_model
 from fastbert_hf.training.pretraining.report import write_pretraining_report
 from fastbert_hf.training.provenance import (
@@ -289,7 +293,7 @@ def _begin_dense(
             rows = itertools.islice(order, count)
             batches = [data.collator([data.train[row] for row in some]) for some in rows]
             write_dense_start(options.dense_checkpoint, model, batches, args.output_dir, provenance, args.seed)
-    return find_checkpoint(args)
+    return str(dense_start_folder(options.dense_checkpoint, args.output_dir))
 
 
 def _tokenizer_name(options: PretrainingArguments) -> str | None:

@@ -114,6 +114,23 @@ def test_interrupted_run_goes_on_and_ends_with_the_same_weights(tiny, recipes, d
         assert torch.equal(again.state_dict()[name], value), name
 
 
+def test_a_mistake_leaves_the_checkpoints_of_an_earlier_run(tiny, recipes, dense, started, tmp_path):
+    shutil.copytree(started[0] / "checkpoint-3", tmp_path / "checkpoint-3")
+    (tmp_path / "broken").mkdir()
+    changes = {"overwrite_output_dir": True, "dense_checkpoint": str(tmp_path / "broken")}
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        begin(tiny, recipes, dense, tmp_path, **changes)
+    assert (tmp_path / "checkpoint-3" / "model.safetensors").is_file()
+
+
+def test_a_fresh_start_beside_old_checkpoints_begins_dense_too(tiny, recipes, dense, started, tmp_path):
+    shutil.copytree(started[0] / "checkpoint-6", tmp_path / "checkpoint-6")
+    model, summary = begin(tiny, recipes, dense, tmp_path, resume_from_checkpoint="none")
+    assert summary["resumed_from"] == str(tmp_path / "checkpoint-3")
+    for name, value in started[1].state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
 def test_another_dense_checkpoint_is_refused(tiny, recipes, dense, started, tmp_path):
     shutil.copytree(started[0] / "checkpoint-3", tmp_path / "checkpoint-3")
     with pytest.raises(ValueError, match="dense_checkpoint is"):

@@ -98,7 +98,8 @@ class BudgetTrainer(Trainer):
         """
         self._resume_began = time.perf_counter()
         state = TrainerState.load_from_json(str(Path(checkpoint) / STATE)).stateful_callbacks or {}
-        stored = state.get(type(self).__name__, {}).get("args")
+        names = (type(self).__name__, BudgetTrainer.__name__)  # of a run that went on as a subclass
+        stored = next((state[name].get("args") for name in names if name in state), None)
         if stored is None:
             raise ValueError(f"{checkpoint!r} holds no budget clock: it was written by another kind of run")
         for name, here in self._place().items():

@@ -65,6 +65,7 @@ def write_pretraining_report(
         return summary
     folder = Path(args.output_dir)
     recorded = {name: getattr(options, name) for name in RECORDED}
+    recorded["teacher_weight"] = options.teacher_weight if options.teacher_name_or_path is not None else None
     write_recipe(args, **recorded, batch_size=trainer.batch_size, **_trained_with(trainer))
     write_text(folder / HISTORY, json.dumps(trainer.state.log_history) + "\n")
     plot_learning_curve(folder / CURVE_PICTURE, trainer.state.log_history)

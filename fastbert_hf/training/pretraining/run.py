@@ -34,6 +34,7 @@ from fastbert_hf.training.pretraining.dense_start import (
 )
 from fastbert_hf.training.pretraining.model import build_model
 from fastbert_hf.training.pretraining.report import write_pretraining_report
+from fastbert_hf.training.pretraining.taught_trainer import TaughtTrainer, load_pretraining_teacher
 from fastbert_hf.training.provenance import (
     Provenance,
     as_json,
@@ -58,7 +59,7 @@ BEST = (
 NOT_COMPARED = (
     "overwrite_output_dir", "save_minutes", "evaluations", "verify_corpus", "mixed_precision", *UNITS,
     "corpus", "train_file", "validation_file", "validation_fraction", "text_column", "vocab_size",
-    "model_config", "model_name_or_path", "tokenizer_name", "dense_checkpoint",
+    "model_config", "model_name_or_path", "tokenizer_name", "dense_checkpoint", "teacher_name_or_path",
 )  # fmt: skip
 
 
@@ -75,6 +76,12 @@ class PretrainingArguments(CorpusArguments):
     dense_checkpoint: str | None = field(
         default=None,
         metadata={"help": "checkpoint of a dense run on this text: leaf trees begin with its neurons, at its place"},
+    )
+    teacher_name_or_path: str | None = field(
+        default=None, metadata={"help": "a trained FastBERT of this tokenizer; the model learns from it too"}
+    )
+    teacher_weight: float = field(
+        default=0.5, metadata={"help": "of the divergence from the teacher in the loss; the rest is for the text"}
     )
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "tokenizer folder or Hub name; a prepared corpus brings its own"}
@@ -139,6 +146,8 @@ def _check(options: PretrainingArguments, args: TrainingArguments) -> None:
     for name in ("evaluations", "save_minutes"):
         if not 0 <= getattr(options, name) < math.inf:
             raise ValueError(f"{name} must be zero or above; got {getattr(options, name)}")
+    if not 0 <= options.teacher_weight <= 1:
+        raise ValueError(f"teacher_weight must lie between 0 and 1; got {options.teacher_weight}")
     if options.max_bad_steps < 1:
         raise ValueError(f"max_bad_steps must be at least 1; got {options.max_bad_steps}")
     check_balance(options.balance_leaves)
@@ -248,13 +257,16 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     )  # fmt: skip
     check_checkpoint(checkpoint, model.config)
     check_balance(options.balance_leaves, model)
+    teacher = None
+    if options.teacher_name_or_path is not None:
+        teacher = load_pretraining_teacher(options.teacher_name_or_path, model.config.vocab_size)
     provenance = _provenance(options, args, model, tokenizer, checkpoint)
     if options.mixed_precision:
         choose_precision(args)
     size = step_size(options, args)
     data = load_pretraining_data(_with_corpus(options, args), tokenizer, size, model.config.vocab_size, args.seed)
     clock = budget_clock(options, args, len(data.train) // size)
-    trainer = _trainer(options, args, model, tokenizer, data, clock, size, provenance)
+    trainer = _trainer(options, args, model, tokenizer, data, clock, size, provenance, teacher)
     if options.overwrite_output_dir and is_main_process(args):
         remove_checkpoints(args.output_dir)
     if checkpoint is None and options.dense_checkpoint is not None:
@@ -337,6 +349,8 @@ def _provenance(
     if options.dense_checkpoint is not None:
         check_dense_start(options.dense_checkpoint, settings, model)
         settings["dense_checkpoint"] = weights_identity(options.dense_checkpoint, model.config)
+    teacher = options.teacher_name_or_path
+    settings["teacher"] = None if teacher is None else weights_identity(teacher, model.config)
     settings = as_json(settings)
     earlier = Provenance.read(checkpoint) if checkpoint is not None else None
     if earlier is not None:
@@ -353,8 +367,13 @@ def _trainer(
     clock: BudgetClock,
     size: int,
     provenance: Provenance,
+    teacher: PreTrainedModel | None,
 ) -> BudgetTrainer:
-    trainer = BudgetTrainer(
+    kind, teaching = BudgetTrainer, {}
+    if teacher is not None:
+        kind, teaching = TaughtTrainer, {"teacher": teacher, "teacher_weight": options.teacher_weight}
+    trainer = kind(
+        **teaching,
         clock=clock,
         batch_size=size,
         ramp_fraction=options.batch_ramp,

@@ -21,7 +21,6 @@ from fastbert_hf.files import check_output_folder
 from fastbert_hf.recipes import load_yaml
 
 RECIPE = "pretrain/study-equal-tokens"
-BALANCED = ("--balance_leaves", "0.5")
 EIGHTHS = 8  # a dense run that others begin from keeps so many checkpoints
 
 
@@ -32,12 +31,24 @@ class StudyRun:
     Attributes:
         model: its recipe, model/study-MODEL.
         start: the run it begins from, and the eighths of the budget spent by then; None: the beginning.
+        teacher: the finished run that it learns from beside the text, or None.
         options: further options of `fastbert pretrain`.
     """
 
     model: str
     start: tuple[str, int] | None = None
+    teacher: str | None = None
     options: tuple[str, ...] = ()
+
+    @property
+    def needs(self) -> list[str]:
+        """The runs that come before it."""
+        return [name for name in (self.start and self.start[0], self.teacher) if name]
+
+
+def leaves(model: str, start: tuple[str, int], teacher: str | None = None) -> StudyRun:
+    """A run of leaf trees."""
+    return StudyRun(model, start, teacher, ("--balance_leaves", "0.5"))
 
 
 RUNS = {
@@ -47,13 +58,13 @@ RUNS = {
     "dense-9": StudyRun("dense-9"),
     "1x8": StudyRun("1x8"),
     "4x6": StudyRun("4x6"),
-    "1x8-balanced": StudyRun("1x8", None, ("--balance_leaves", "0.1")),
-    "leaf-16x32-from-32": StudyRun("leaf-16x32", ("dense-32", 2), BALANCED),
-    "leaf-64x32-from-32": StudyRun("leaf-64x32", ("dense-32", 2), BALANCED),
-    **{
-        f"leaf-16x32-from-511-at-{eighths}-of-8": StudyRun("leaf-16x32", ("dense-511", eighths), BALANCED)
-        for eighths in (2, 4, 6)
-    },
+    "1x8-balanced": StudyRun("1x8", options=("--balance_leaves", "0.1")),
+    "leaf-16x32-from-32": leaves("leaf-16x32", ("dense-32", 2)),
+    "leaf-256x32-from-32": leaves("leaf-256x32", ("dense-32", 2)),
+    "leaf-16x32-from-511-at-half": leaves("leaf-16x32", ("dense-511", 4)),
+    "leaf-16x32-from-511-at-three-quarters": leaves("leaf-16x32", ("dense-511", 6)),
+    "leaf-16x32-from-511-taught": leaves("leaf-16x32", ("dense-511", 4), "dense-511"),
+    "dense-32-taught": StudyRun("dense-32", ("dense-32", 4), "dense-511"),
 }
 
 
@@ -70,7 +81,7 @@ class StudyArguments:
 
 
 def with_starts(names: list[str]) -> list[str]:
-    """The names of runs, each after the one that it begins from.
+    """The names of runs, each after those that it needs.
 
     Raises:
         ValueError: an unknown name.
@@ -79,8 +90,7 @@ def with_starts(names: list[str]) -> list[str]:
     for name in names:
         if name not in RUNS:
             raise ValueError(f"runs has an unknown name {name!r}; expected some of {', '.join(RUNS)}")
-        before = RUNS[name].start
-        found += [one for one in (*([before[0]] if before else []), name) if one not in found]
+        found += [one for one in (*RUNS[name].needs, name) if one not in found]
     return found
 
 
@@ -104,6 +114,8 @@ def command_of(name: str, seed: int, study: StudyArguments) -> list[str]:
     if run.start:
         before, eighths = run.start
         command += ["--dense_checkpoint", f"{folder_of(before, seed, study)}/checkpoint-{eighths * eighth}"]
+    if run.teacher:
+        command += ["--teacher_name_or_path", folder_of(run.teacher, seed, study)]
     return command
 
 

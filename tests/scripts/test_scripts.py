@@ -190,13 +190,19 @@ def test_the_pretraining_study_does_what_is_missing_and_what_it_begins_from(tmp_
     assert prepared.returncode == 0, prepared.stderr
     options = "--options=--budget_tokens 16384 --disable_tqdm true --use_cpu true"
     command = ["--corpus", "corpus", "--output_dir", "study", "--seeds", "0", options, "--runs"]
-    table = pretraining_study.main([*command, "leaf-16x32-from-32"])
-    assert "| leaves 16x32 from dense 32 at 25% | 32 of 512 |" in table and "| dense 32 | 32 of 32 |" in table
+    table = pretraining_study.main([*command, "leaf-16x32-from-32", "dense-32-taught"])
+    for name in (
+        "leaves 16x32 from dense 32 at 25%",
+        "dense 32",
+        "dense 511",
+        "dense 32 from dense 32 at 50%, taught",
+    ):
+        assert f"| {name} | " in table
     summary = json.loads((tmp_path / "study" / "leaf-16x32-from-32-0" / "summary.json").read_text())
     assert summary["steps"] == 8 and summary["dense_start"] == {"neurons": 32, "fraction": 0.25}
     assert (tmp_path / "study" / "comparison" / "loss-against-tokens.png").stat().st_size > 0
     capsys.readouterr()
-    assert pretraining_study.main([*command, "dense-32", "leaf-16x32-from-32"]) == table
+    assert pretraining_study.main([*command, "dense-32", "leaf-16x32-from-32", "dense-32-taught"]) == table
     assert "seed 0" not in capsys.readouterr().out  # nothing was done again
     with pytest.raises(ValueError, match="unknown name 'dense-1'"):
         pretraining_study.main([*command, "dense-1"])
@@ -205,4 +211,4 @@ def test_the_pretraining_study_does_what_is_missing_and_what_it_begins_from(tmp_
 def test_every_run_of_the_study_has_a_recipe_and_a_dense_start():
     for name, run in pretraining_study.RUNS.items():
         assert (SCRIPTS.parent / "configs" / "model" / f"study-{run.model}.yaml").is_file(), name
-        assert run.start is None or pretraining_study.RUNS[run.start[0]].model.startswith("dense"), name
+        assert all(pretraining_study.RUNS[other].model.startswith("dense") for other in run.needs), name

@@ -31,7 +31,7 @@ class FinishedRun:
 
     Attributes:
         model: what the model is called: trees by trees x depth, leaf trees by leaves x width, dense ones by width;
-            and what dense run it began from.
+            and what dense run it began from, and whether it had a teacher.
         neurons: (used by a token, there in a layer).
         summary: its summary.json.
         curve: held-out losses in time: [{"eval_loss", "tokens", "cpu_seconds", ...}].
@@ -79,6 +79,8 @@ def read_run(folder: str | Path) -> FinishedRun:
     name = _name(config)
     if start := summary.get("dense_start"):
         name += f" from dense {start['neurons']} at {start['fraction']:.0%}"
+    if recipe.get("teacher_weight"):
+        name += ", taught"
     curve = [entry for entry in history if "eval_loss" in entry]
     options = {option: recipe[option] for option in VARIED if recipe.get(option) is not None}
     return FinishedRun(name, (config.neurons_per_token, config.neurons_per_layer), summary, curve, options)

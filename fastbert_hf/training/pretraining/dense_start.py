@@ -1,4 +1,4 @@
-"""A run of trees that begins where a dense run stands: its checkpoint, with trees in place of its dense layers.
+"""A run that begins where a dense run stands: its checkpoint, with trees in place of its dense layers.
 
 The new checkpoint is one of the run of trees, which goes on from it as from one of its own: clock, place in the data,
 learning rate, log and random state are those of the dense run. Source: ours; mixtures of experts are started in this
@@ -64,12 +64,12 @@ def check_dense_start(checkpoint: str, settings: dict[str, Any], model: PreTrain
         model: of the run of trees.
 
     Raises:
-        ValueError: the model has no leaf trees, the checkpoint is damaged or of another kind of model, or the dense
-            run had another text, other sequences or another seed.
+        ValueError: the model has trees of the published form, the checkpoint is damaged or of another kind of model,
+            or the dense run had another text, other sequences or another seed.
     """
-    if not leaf_layers(model):
-        raise ValueError("--dense_checkpoint is for leaf trees, and the model has none: fff_leaf_width is not set")
-    _outside_layers(model, load_dense(checkpoint))
+    if not leaf_layers(model) and getattr(model.config, "ffn_type", None) == "fff":
+        raise ValueError("--dense_checkpoint is for leaf trees and dense models, and the model has published trees")
+    _taken_over(model, load_dense(checkpoint))
     earlier = Provenance.read(checkpoint)
     for name in SAME if earlier is not None else ():
         if name in earlier.settings and earlier.settings[name] != settings.get(name):
@@ -91,11 +91,11 @@ def write_dense_start(
 
     Leaves begin as `initialize_from_data` has it: each with the neurons of the dense layer that explain most of its
     output among the leaf's tokens. Every other weight and its moments in the optimizer are those of the dense run;
-    the moments of trees begin anew.
+    the moments of trees begin anew. A dense model goes on as it is, under what this run does otherwise.
 
     Args:
         checkpoint: of the dense run.
-        model: of leaf trees, with the dense model's geometry otherwise; it gets the weights.
+        model: of leaf trees or dense, with the dense model's geometry otherwise; it gets the weights.
         batches: text to see what reaches each layer, gone through once a layer.
         output_dir: of the run of trees. provenance: what that run is made with; it gets the dense run's parts.
         seed: for what is random.
@@ -104,11 +104,12 @@ def write_dense_start(
         ValueError: the models do not fit, or the checkpoint cannot be written.
     """
     dense = load_dense(checkpoint)
-    model.load_state_dict(_outside_layers(model, dense), strict=False)
+    model.load_state_dict(_taken_over(model, dense), strict=False)
     layers = dense_feed_forward(dense.fastbert)
-    with tempfile.TemporaryDirectory() as folder:
-        weights = [DenseWeights.of(layer.dense_in, layer.dense_out) for layer in layers]
-        initialize_model_from_data(model, batches, folder, dense=weights, seed=seed)
+    if leaf_layers(model):
+        with tempfile.TemporaryDirectory() as folder:
+            weights = [DenseWeights.of(layer.dense_in, layer.dense_out) for layer in layers]
+            initialize_model_from_data(model, batches, folder, dense=weights, seed=seed)
     earlier = Provenance.read(checkpoint)
     if earlier is not None:
         neurons = len(layers[0].dense_in.weight)
@@ -130,15 +131,25 @@ def dense_start_folder(checkpoint: str, output_dir: str) -> Path:
     return Path(output_dir) / f"checkpoint-{steps}"
 
 
-def _outside_layers(model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, Tensor]:
-    """The weights of a dense model, feed-forward layers aside; the model must have the same."""
-    theirs = {name: value for name, value in dense.state_dict().items() if ".ffn." not in name}
-    ours = {name: value for name, value in model.state_dict().items() if ".ffn." not in name}
+def _taken_over(model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights of a dense model that a model takes over as they are.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    theirs, ours = (
+        {name: value for name, value in part.state_dict().items() if _goes_on(name, model)} for part in (dense, model)
+    )
     for name in sorted(theirs.keys() | ours.keys()):
         shapes = [tuple(part[name].shape) if name in part else None for part in (theirs, ours)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"{name} is {shapes[0]} in the dense checkpoint and {shapes[1]} in this run's model")
     return theirs
+
+
+def _goes_on(name: str, model: PreTrainedModel) -> bool:
+    """Whether a parameter of a dense model is one of this model: trees have others than the layers they replace."""
+    return ".ffn." not in name or not leaf_layers(model)
 
 
 def optimizer_order(model: nn.Module) -> list[list[str]]:
@@ -158,7 +169,7 @@ def _carried_state(file: Path, dense: PreTrainedModel, model: PreTrainedModel) -
     kept = {
         number: stored["state"][places[name]]
         for number, name in enumerate(itertools.chain(*after))
-        if ".ffn." not in name and places.get(name) in stored["state"]
+        if _goes_on(name, model) and places.get(name) in stored["state"]
     }
     numbers = iter(range(sum(map(len, after))))
     groups = [

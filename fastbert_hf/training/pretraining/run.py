@@ -75,7 +75,9 @@ class PretrainingArguments(CorpusArguments):
     )
     dense_checkpoint: str | None = field(
         default=None,
-        metadata={"help": "checkpoint of a dense run on this text: leaf trees begin with its neurons, at its place"},
+        metadata={
+            "help": "checkpoint of a dense run on this text: the model goes on from it, leaf trees with its neurons"
+        },
     )
     teacher_name_or_path: str | None = field(
         default=None, metadata={"help": "a trained FastBERT of this tokenizer; the model learns from it too"}

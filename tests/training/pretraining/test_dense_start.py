@@ -114,6 +114,13 @@ def test_interrupted_run_goes_on_and_ends_with_the_same_weights(tiny, recipes, d
         assert torch.equal(again.state_dict()[name], value), name
 
 
+def test_a_dense_model_goes_on_as_it_is(tiny, recipes, dense, tmp_path):
+    model, summary = begin(tiny, recipes, dense, tmp_path, model_config=str(recipes / "dense.yaml"))
+    assert summary["dense_start"] == {"neurons": 12, "fraction": 0.5}
+    whole = AutoModelForMaskedLM.from_pretrained(dense).state_dict()
+    assert all(torch.equal(value, whole[name]) for name, value in model.state_dict().items())
+
+
 def test_a_mistake_leaves_the_checkpoints_of_an_earlier_run(tiny, recipes, dense, started, tmp_path):
     shutil.copytree(started[0] / "checkpoint-3", tmp_path / "checkpoint-3")
     (tmp_path / "broken").mkdir()
@@ -143,13 +150,16 @@ def test_another_dense_checkpoint_is_refused(tiny, recipes, dense, started, tmp_
         ({"seed": 1}, "seed 0, this run has 1"),
         ({"max_seq_length": 8}, "max_seq_length 16, this run has 8"),
         ({"dense_checkpoint": "nowhere"}, "holds no trainer_state.json"),
-        ({"recipe": "dense.yaml"}, "is for leaf trees"),
+        ({"recipe": "published"}, "is for leaf trees and dense models"),
+        ({"recipe": "denser"}, r"dense_in\.weight is \(12, 16\) in the dense checkpoint and \(13, 16\)"),
         ({"recipe": "wider"}, r"\(16,\) in the dense checkpoint and \(32,\)"),
         ({"recipe": "deeper"}, "layers.2"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(tiny, recipes, dense, tmp_path, changes, message):
     (tmp_path / "wider").write_text(LEAVES.replace("hidden_size: 16", "hidden_size: 32"))
+    (tmp_path / "published").write_text(TINY_MODEL)
+    (tmp_path / "denser").write_text(DENSE.replace("intermediate_size: 12", "intermediate_size: 13"))
     (tmp_path / "deeper").write_text(LEAVES.replace("layers: 2", "layers: 3"))
     changes = dict(changes)
     if recipe := changes.pop("recipe", None):

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 import fastbert_hf  # noqa: F401  registers the model with the Auto classes
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.training.distillation.objective import divergence
+from fastbert_hf.training.pretraining.comparison import read_run
 from fastbert_hf.training.pretraining.data import load_pretraining_data
 from fastbert_hf.training.pretraining.run import pretrain
 from fastbert_hf.training.pretraining.taught_trainer import TaughtTrainer
@@ -90,6 +91,7 @@ def test_a_taught_run_resumes_and_counts_its_teacher_as_a_setting(tiny, teacher,
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert json.loads((tmp_path / "whole" / "recipe.json").read_text())["teacher_weight"] == 0.7
+    assert read_run(tmp_path / "whole").model == "FastBERT 1x2, taught"
     shutil.rmtree(tmp_path / "again" / "checkpoint-6")
     with pytest.raises(ValueError, match=r"teacher_weight is 0\.7 there"):
         taught(tiny, teacher, tmp_path / "again", teacher_weight=0.2)

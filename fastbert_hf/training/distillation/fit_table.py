@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastbert_hf.files import check_output_folder, write_text
-from fastbert_hf.training.distillation.activations import sample_inputs
+from fastbert_hf.training.activations import sample_inputs
 from fastbert_hf.training.distillation.layer_fit import (
     FitSettings,
     check_form,
@@ -25,11 +25,10 @@ from fastbert_hf.training.distillation.layer_fit import (
     standardized,
     unexplained,
 )
-from fastbert_hf.training.distillation.start_from_data import DenseWeights
-from fastbert_hf.training.distillation.student import dense_feed_forward
 from fastbert_hf.training.distillation.teacher import load_teacher
 from fastbert_hf.training.distillation.texts import check_text_files, read_texts, tokenized
 from fastbert_hf.training.leaf_balance import check_balance
+from fastbert_hf.training.start_from_data import DenseWeights, dense_feed_forward
 
 COUNTS = ("texts_per_file", "other_texts_per_file", "max_seq_length", "max_rows", "steps", "rows_per_step")
 RESULTS, TABLE = "layer-fit.json", "layer-fit.md"

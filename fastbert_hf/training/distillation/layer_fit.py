@@ -15,8 +15,8 @@ from fastbert_hf.fff_layer import FastFeedForward
 from fastbert_hf.fff_reference import ACTIVATIONS
 from fastbert_hf.leaf_layer import LeafFeedForward
 from fastbert_hf.training.budget import BudgetClock
-from fastbert_hf.training.distillation.start_from_data import CHUNK, DenseWeights, initialize_from_data
 from fastbert_hf.training.leaf_balance import balance_leaves, start_counting, stop_counting
+from fastbert_hf.training.start_from_data import CHUNK, DenseWeights, initialize_from_data
 
 FORMS = {
     "dense": r"dense:(\d+)",  # neurons

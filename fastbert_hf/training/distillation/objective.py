@@ -17,6 +17,7 @@ from fastbert_hf.modeling_fastbert import (
     FastBertForTokenClassification,
     FastBertModel,
 )
+from fastbert_hf.training.teaching import divergence
 
 # the parts of the loss, in words
 WORDS = {
@@ -83,15 +84,6 @@ def embedding_parts(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
     own, wanted = (nn.functional.normalize(embeddings, dim=-1) for embeddings in (student, teacher))
     similarities = own @ own.T - wanted @ wanted.T  # (B, B)
     return {"cosine_distance": 1 - (own * wanted).sum(-1).mean(), "similarity_error": similarities.square().mean()}
-
-
-def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of the student's from the teacher's distribution, in nats: logits (N, C) -> ().
-
-    Zero where N is 0.
-    """
-    own, wanted = student.log_softmax(-1), teacher.log_softmax(-1)
-    return nn.functional.kl_div(own, wanted, log_target=True, reduction="sum") / max(1, len(own))
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:

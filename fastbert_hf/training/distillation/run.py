@@ -32,7 +32,7 @@ from fastbert_hf.training.distillation.objective import WORDS, HiddenScale
 from fastbert_hf.training.distillation.scores import check_labelled, score, training_labels
 from fastbert_hf.training.distillation.settings import DistillationArguments, earlier_run, run_provenance
 from fastbert_hf.training.distillation.stages import STAGES, Stages
-from fastbert_hf.training.distillation.student import Student, student_of, without_dropout
+from fastbert_hf.training.distillation.student import Student, student_of
 from fastbert_hf.training.distillation.student_fit import fit_student
 from fastbert_hf.training.distillation.teacher import Teacher, copy_embedder, load_teacher
 from fastbert_hf.training.distillation.texts import (
@@ -48,6 +48,7 @@ from fastbert_hf.training.distillation.texts import (
 from fastbert_hf.training.distillation.trainer import DistillationTrainer
 from fastbert_hf.training.provenance import PROVENANCE, Provenance
 from fastbert_hf.training.runs import check_options, disable_pin_memory_on_cpu, save_model
+from fastbert_hf.training.teaching import without_dropout
 from fastbert_hf.training.trainer_hooks import check_hooks
 from fastbert_hf.training.tree_usage import counted_visits, tree_usage
 

@@ -4,10 +4,7 @@ import copy
 import re
 from dataclasses import dataclass
 
-from torch import nn
-
 from fastbert_hf.configuration_fastbert import FastBertConfig
-from fastbert_hf.encoder_fastbert import FastBertAttention, FastBertDenseFeedForward
 from fastbert_hf.modeling_fastbert import FastBertModel, FastBertPreTrainedModel
 from fastbert_hf.training.distillation.layer_fit import check_form
 
@@ -106,26 +103,3 @@ def student_of(teacher: FastBertPreTrainedModel, form: str) -> Student:
     if wrong:
         raise AssertionError(f"the student does not fit its teacher: {', '.join(wrong)}")
     return Student(model.eval(), kept)
-
-
-def without_dropout(model: nn.Module) -> nn.Module:
-    """The model with all dropout switched off; its configuration keeps the values."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(module, FastBertAttention):
-            module.dropout = 0.0
-    return model
-
-
-def dense_feed_forward(encoder: FastBertModel) -> list[FastBertDenseFeedForward]:
-    """The dense feed-forward layers of an encoder.
-
-    Raises:
-        ValueError: a layer that is not dense, or gated.
-    """
-    layers = [layer.ffn for layer in encoder.layers]
-    for number, layer in enumerate(layers):
-        if not isinstance(layer, FastBertDenseFeedForward) or layer.gated:
-            raise ValueError(f"feed-forward layer {number} of the model is not a plain dense one; nothing to convert")
-    return layers

@@ -17,7 +17,7 @@ from fastbert_hf.encoder_fastbert import FastBertDenseFeedForward, FastBertLayer
 from fastbert_hf.files import staged_folder
 from fastbert_hf.leaf_layer import LeafFeedForward
 from fastbert_hf.modeling_fastbert import FastBertModel
-from fastbert_hf.training.distillation.activations import sample_inputs_of_all
+from fastbert_hf.training.activations import sample_inputs_of_all
 from fastbert_hf.training.distillation.layer_fit import (
     FitSettings,
     fit_layer,
@@ -27,8 +27,7 @@ from fastbert_hf.training.distillation.layer_fit import (
     rescaled,
     unexplained,
 )
-from fastbert_hf.training.distillation.start_from_data import DenseWeights
-from fastbert_hf.training.distillation.student import dense_feed_forward
+from fastbert_hf.training.start_from_data import DenseWeights, dense_feed_forward
 
 MEAN = "output_mean"
 MEASURED_ROWS = 16384  # of the rows that were fitted

@@ -20,7 +20,8 @@ from fastbert_hf.files import file_digest
 from fastbert_hf.hub.embedder import embedder_files, is_embedder, module_paths
 from fastbert_hf.modeling_fastbert import FastBertModel, FastBertPreTrainedModel
 from fastbert_hf.training.distillation.objective import Embed
-from fastbert_hf.training.distillation.student import dense_feed_forward, encoder_of
+from fastbert_hf.training.distillation.student import encoder_of
+from fastbert_hf.training.start_from_data import dense_feed_forward
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ AXES = {  # column of a history -> name on the axis, divisor, file
 
 # options that make two runs of a model two models, where they differ -> how they are called
 VARIED = {"learning_rate": "rate {:g}", "balance_leaves": "balance {:g}"}
+ABSENT = {"balance_leaves": 0.0}  # values where a comparison of an earlier version does not say
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,15 @@ def _told_apart(runs: list[FinishedRun]) -> list[FinishedRun]:
     named = list(runs)
     for option, words in VARIED.items():
         for model in {run.model for run in runs}:
-            values = [run.options[option] for run in runs if run.model == model and option in run.options]
-            if len(set(values)) < 2:
-                continue
-            usual = Counter(values).most_common(1)[0][0]
-            for number, run in enumerate(runs):
-                if run.model == model and run.options.get(option, usual) != usual:
-                    name = f"{named[number].model}, {words.format(run.options[option])}"
+            found = {
+                number: {**ABSENT, **run.options}[option]
+                for number, run in enumerate(runs)
+                if run.model == model and option in {**ABSENT, **run.options}
+            }
+            usual = Counter(found.values()).most_common(1)[0][0] if found else None
+            for number, value in found.items():
+                if value != usual:
+                    name = f"{named[number].model}, {words.format(value)}"
                     named[number] = replace(named[number], model=name)
     return named
 

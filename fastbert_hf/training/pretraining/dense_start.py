@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PreTrainedModel, Trainer
 
 from fastbert_hf.training.checkpoints import STATE, check_weights, staged_checkpoint
-from fastbert_hf.training.distillation.start_from_data import DenseWeights, initialize_model_from_data
-from fastbert_hf.training.distillation.student import dense_feed_forward
 from fastbert_hf.training.leaf_balance import leaf_layers
 from fastbert_hf.training.provenance import Provenance
+from fastbert_hf.training.start_from_data import (
+    DenseWeights,
+    dense_feed_forward,
+    initialize_model_from_data,
+)
 
 OPTIMIZER = "optimizer.pt"
 DENSE_NEURONS = "dense_neurons"  # of a layer, in the parts of a run that it spent as a dense model

@@ -17,7 +17,6 @@ from fastbert_hf.training.budget import UNITS, BudgetClock
 from fastbert_hf.training.budget_progress import show_budget
 from fastbert_hf.training.budget_trainer import BudgetTrainer
 from fastbert_hf.training.checkpoints import check_checkpoint, find_checkpoint, remove_checkpoints
-from fastbert_hf.training.distillation.start_from_data import MAX_ROWS
 from fastbert_hf.training.leaf_balance import add_balance, check_balance
 from fastbert_hf.training.pretraining.data import (
     CorpusArguments,
@@ -44,6 +43,7 @@ from fastbert_hf.training.provenance import (
 )
 from fastbert_hf.training.publishing import add_hub_files, check_push, publish
 from fastbert_hf.training.runs import check_options, disable_pin_memory_on_cpu, is_main_process, save_model
+from fastbert_hf.training.start_from_data import MAX_ROWS
 from fastbert_hf.training.trainer_hooks import check_hooks
 from fastbert_hf.training.tree_usage import TreeUsageCallback
 
@@ -259,9 +259,7 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     )  # fmt: skip
     check_checkpoint(checkpoint, model.config)
     check_balance(options.balance_leaves, model)
-    teacher = None
-    if options.teacher_name_or_path is not None:
-        teacher = load_pretraining_teacher(options.teacher_name_or_path, model.config.vocab_size)
+    teacher = load_pretraining_teacher(options.teacher_name_or_path, model.config.vocab_size)
     provenance = _provenance(options, args, model, tokenizer, checkpoint)
     if options.mixed_precision:
         choose_precision(args)
@@ -271,8 +269,7 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     trainer = _trainer(options, args, model, tokenizer, data, clock, size, provenance, teacher)
     if options.overwrite_output_dir and is_main_process(args):
         remove_checkpoints(args.output_dir)
-    if checkpoint is None and options.dense_checkpoint is not None:
-        checkpoint = _begin_dense(options, args, model, data, provenance)
+    checkpoint = checkpoint or _begin_dense(options, args, model, data, provenance)
     add_hub_files(trainer)
     if checkpoint is not None:
         trainer.resume(checkpoint)
@@ -298,8 +295,10 @@ def _begin_dense(
     model: PreTrainedModel,
     data: PretrainingData,
     provenance: Provenance,
-) -> str:
-    """The checkpoint that a run of trees goes on from: a dense run's, with trees in place of its dense layers."""
+) -> str | None:
+    """The checkpoint that a run begins from: a dense run's, with trees in place of its dense layers; None without."""
+    if options.dense_checkpoint is None:
+        return None
     with args.main_process_first(local=False, desc="turning dense layers into trees"):
         if is_main_process(args):
             order = MicrobatchOrder(len(data.train), args.train_batch_size, args.seed)

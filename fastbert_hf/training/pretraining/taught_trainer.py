@@ -8,12 +8,11 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel
 from fastbert_hf.modeling_fastbert import FastBertForMaskedLM
 from fastbert_hf.training.budget_trainer import BudgetTrainer
 from fastbert_hf.training.checkpoints import check_weights
-from fastbert_hf.training.distillation.objective import divergence
-from fastbert_hf.training.distillation.student import without_dropout
+from fastbert_hf.training.teaching import divergence, without_dropout
 
 
-def load_pretraining_teacher(path: str, vocab_size: int) -> FastBertForMaskedLM:
-    """A teacher for pretraining: frozen, without dropout.
+def load_pretraining_teacher(path: str | None, vocab_size: int) -> FastBertForMaskedLM | None:
+    """A teacher for pretraining: frozen, without dropout; None where there is no path.
 
     Args:
         path: folder or Hub name of a FastBERT with its head for masked tokens. vocab_size: V of the student.
@@ -21,6 +20,8 @@ def load_pretraining_teacher(path: str, vocab_size: int) -> FastBertForMaskedLM:
     Raises:
         ValueError: it cannot be loaded, is of another kind, or has another vocabulary.
     """
+    if path is None:
+        return None
     try:
         check_weights(path)
         teacher = AutoModelForMaskedLM.from_pretrained(path)

@@ -26,7 +26,7 @@ from fastbert_hf.training.distillation.layer_fit import (
     standardized,
     unexplained,
 )
-from fastbert_hf.training.distillation.start_from_data import DenseWeights
+from fastbert_hf.training.start_from_data import DenseWeights
 from tests.processes import CHILD_SECONDS
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "fit_layers.py"

@@ -12,7 +12,7 @@ from fastbert_hf import (
     FastFeedForward,
     LeafFeedForward,
 )
-from fastbert_hf.training.distillation.activations import sample_inputs, sample_inputs_of_all
+from fastbert_hf.training.activations import sample_inputs, sample_inputs_of_all
 from fastbert_hf.training.distillation.layer_fit import DenseFeedForward, FitSettings
 from fastbert_hf.training.distillation.objective import (
     HiddenScale,
@@ -21,9 +21,9 @@ from fastbert_hf.training.distillation.objective import (
     head_parts,
     hidden_error,
 )
-from fastbert_hf.training.distillation.start_from_data import DenseWeights
-from fastbert_hf.training.distillation.student import dense_feed_forward, student_of
+from fastbert_hf.training.distillation.student import student_of
 from fastbert_hf.training.distillation.student_fit import add_constant, fitted, scale_outputs
+from fastbert_hf.training.start_from_data import DenseWeights, dense_feed_forward
 
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
 

@@ -91,8 +91,11 @@ def test_runs_that_differ_in_rate_are_two_models(runs):
     def other(seed, **options):
         return FinishedRun(run.model, run.neurons, {**run.summary, "seed": seed}, run.curve, options)
 
-    found = by_model([run, other(1, learning_rate=1e-2), other(0, learning_rate=2e-2), other(2)])
+    found = by_model(
+        [run, other(1, learning_rate=1e-2), other(0, learning_rate=2e-2), other(2), other(0, balance_leaves=0.5)]
+    )
     assert {name: [each.summary["seed"] for each in group] for name, group in found.items()} == {
         "FastBERT 1x2": [0, 1, 2],
         "FastBERT 1x2, rate 0.02": [0],
+        "FastBERT 1x2, balance 0.5": [0],
     }

@@ -10,11 +10,11 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 
 import fastbert_hf  # noqa: F401  registers the model with the Auto classes
 from fastbert_hf.data.tokenizer import load_tokenizer
-from fastbert_hf.training.distillation.objective import divergence
 from fastbert_hf.training.pretraining.comparison import read_run
 from fastbert_hf.training.pretraining.data import load_pretraining_data
 from fastbert_hf.training.pretraining.run import pretrain
 from fastbert_hf.training.pretraining.taught_trainer import TaughtTrainer
+from fastbert_hf.training.teaching import divergence
 from tests.training.conftest import TINY_MODEL
 from tests.training.runs import arguments, losses
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from fastbert_hf import FastBertConfig, FastBertModel, LeafFeedForward
-from fastbert_hf.training.distillation import start_from_data
-from fastbert_hf.training.distillation.activations import RowSample, sample_inputs
-from fastbert_hf.training.distillation.start_from_data import (
+from fastbert_hf.training import start_from_data
+from fastbert_hf.training.activations import RowSample, sample_inputs
+from fastbert_hf.training.start_from_data import (
     DenseWeights,
     initialize_from_data,
     initialize_model_from_data,

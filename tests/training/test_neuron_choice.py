@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastbert_hf.training.distillation import neuron_choice
-from fastbert_hf.training.distillation.neuron_choice import Moments, choose_neurons, output_weights
+from fastbert_hf.training import neuron_choice
+from fastbert_hf.training.neuron_choice import Moments, choose_neurons, output_weights
 
 
 def problem(neurons=12, rows=200, seed=0):

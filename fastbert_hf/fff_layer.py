@@ -63,7 +63,7 @@ class TreeLayer(nn.Module):
         self.leaf_counts: Tensor | None = None  # no buffer: DistributedDataParallel would copy one process's to all
 
     @property
-    def counts(self) -> bool:
+    def counting(self) -> bool:
         """Whether the rows that pass now are counted."""
         return self.training and self.leaf_counts is not None
 
@@ -136,7 +136,7 @@ class FastFeedForward(TreeLayer):
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) -> (..., H_out), dtype of x."""
         parameters = (self.weight_in, self.bias_in, self.weight_out, self.trees, self.depth, self.activation)
-        return self.by_rows(self._counted if self.counts else fff, x, parameters)
+        return self.by_rows(self._counted if self.counting else fff, x, parameters)
 
     def _counted(self, rows: Tensor, *arguments) -> Tensor:
         """The op, which also counts the leaves that rows took."""

@@ -94,7 +94,7 @@ class LeafFeedForward(TreeLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) -> (..., H_out), dtype of x."""
-        return self.by_rows(self._counted if self.counts else leaf_trees, x, self.op_arguments())
+        return self.by_rows(self._counted if self.counting else leaf_trees, x, self.op_arguments())
 
     def _counted(self, rows: Tensor, *arguments) -> Tensor:
         """The op, which also counts the leaves that rows took."""

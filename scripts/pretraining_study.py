@@ -3,8 +3,8 @@
 
     python scripts/pretraining_study.py --corpus runs/study/corpus --output_dir runs/study
 
-Runs that are finished are not done again, and one that was interrupted goes on. On one core the whole takes days:
-`--runs dense-511 leaf-16x32-from-511-at-75` does a part, and what a run begins from.
+Runs that are finished are not done again, and one that was interrupted goes on. The whole takes hours.
+`--runs leaf-16x32-from-32` does a part of it: this run, and those that it needs.
 """
 
 import math
@@ -60,6 +60,7 @@ RUNS = {
     "4x6": StudyRun("4x6"),
     "1x8-balanced": StudyRun("1x8", options=("--balance_leaves", "0.1")),
     "leaf-16x32-from-32": leaves("leaf-16x32", ("dense-32", 2)),
+    "leaf-64x32-from-32": leaves("leaf-64x32", ("dense-32", 2)),
     "leaf-256x32-from-32": leaves("leaf-256x32", ("dense-32", 2)),
     "leaf-16x32-from-511-at-half": leaves("leaf-16x32", ("dense-511", 4)),
     "leaf-16x32-from-511-at-three-quarters": leaves("leaf-16x32", ("dense-511", 6)),
@@ -77,10 +78,11 @@ class StudyArguments:
     runs: list[str] = field(default_factory=lambda: list(RUNS), metadata={"help": f"of {', '.join(RUNS)}"})
     seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "of weights, data order and masks"})
     threads: int = field(default=1, metadata={"help": "of each run"})
-    options: str = field(default="", metadata={"help": "more options of every run: --options='--budget_tokens 69e6'"})
+    budget_tokens: float | None = field(default=None, metadata={"help": "of every run, in place of the recipe's"})
+    options: str = field(default="", metadata={"help": "more options of every run: --options='--learning_rate 6e-3'"})
 
 
-def with_starts(names: list[str]) -> list[str]:
+def with_needed(names: list[str]) -> list[str]:
     """The names of runs, each after those that it needs.
 
     Raises:
@@ -90,24 +92,25 @@ def with_starts(names: list[str]) -> list[str]:
     for name in names:
         if name not in RUNS:
             raise ValueError(f"runs has an unknown name {name!r}; expected some of {', '.join(RUNS)}")
-        found += [one for one in (*RUNS[name].needs, name) if one not in found]
+        found += [one for one in (*with_needed(RUNS[name].needs), name) if one not in found]
     return found
 
 
-def last_step(options: dict[str, object]) -> int:
-    """Steps of a run under its budget."""
-    tokens = int(options["per_device_train_batch_size"]) * int(options["max_seq_length"])
-    return math.ceil(float(options["budget_tokens"]) / tokens)
+def eighth_of_steps(study: StudyArguments) -> int:
+    """Steps in an eighth of the budget."""
+    recipe = load_yaml(RECIPE)
+    tokens = recipe["per_device_train_batch_size"] * recipe["max_seq_length"]
+    return math.ceil((study.budget_tokens or recipe["budget_tokens"]) / tokens) // EIGHTHS
 
 
 def command_of(name: str, seed: int, study: StudyArguments) -> list[str]:
     """The command line of a run."""
-    run, more = RUNS[name], shlex.split(study.options)
-    given = {option.lstrip("-"): value for option, value in zip(more[::2], more[1::2])}
-    eighth = last_step({**load_yaml(RECIPE), **given}) // EIGHTHS
+    run, eighth = RUNS[name], eighth_of_steps(study)
     command = [sys.executable, "-m", "fastbert_hf", "pretrain", "--config", RECIPE]
     command += ["--model_config", f"model/study-{run.model}", "--corpus", study.corpus, "--seed", str(seed)]
-    command += ["--output_dir", folder_of(name, seed, study), *run.options, *more]
+    command += ["--output_dir", folder_of(name, seed, study), *run.options, *shlex.split(study.options)]
+    if study.budget_tokens:
+        command += ["--budget_tokens", str(study.budget_tokens)]
     if any(other.start and other.start[0] == name for other in RUNS.values()):
         command += ["--save_minutes", "0", "--save_strategy", "steps", "--save_steps", str(eighth)]
         command += ["--save_total_limit", str(EIGHTHS + 1)]
@@ -128,7 +131,7 @@ def main(argv: list[str] | None = None) -> str:
     """Train what is missing, and compare; returns the table."""
     (study,) = RecipeArgumentParser(StudyArguments, description=__doc__).parse(argv)
     check_output_folder(study.output_dir)
-    names = with_starts(study.runs)
+    names = with_needed(study.runs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(study.threads)}
     for seed in study.seeds:
         for name in names:

@@ -21,6 +21,7 @@ from fastbert_hf.training.trainer_hooks import check_hooks
 
 logger = logging.getLogger(__name__)
 
+CLOCK = "BudgetTrainer"  # the name of the clock and the place in the data in a checkpoint's state
 COUNTERS = ("microbatches", "skipped_steps", "rollbacks")  # what a checkpoint holds beside the clock
 
 
@@ -98,8 +99,8 @@ class BudgetTrainer(Trainer):
         """
         self._resume_began = time.perf_counter()
         state = TrainerState.load_from_json(str(Path(checkpoint) / STATE)).stateful_callbacks or {}
-        names = (type(self).__name__, BudgetTrainer.__name__)  # of a run that went on as a subclass
-        stored = next((state[name].get("args") for name in names if name in state), None)
+        earlier = type(self).__name__  # where versions before kept the clocks of subclasses
+        stored = state.get(CLOCK, state.get(earlier, {})).get("args")
         if stored is None:
             raise ValueError(f"{checkpoint!r} holds no budget clock: it was written by another kind of run")
         for name, here in self._place().items():
@@ -147,7 +148,7 @@ class BudgetTrainer(Trainer):
     def record(self) -> None:
         """Put clock and place where the Trainer's state stores them, in the form it knows."""
         stored = {"clock": self.clock.state(), **self._place(), **{name: getattr(self, name) for name in COUNTERS}}
-        self.state.stateful_callbacks[type(self).__name__] = {"args": stored, "attributes": {}}
+        self.state.stateful_callbacks[CLOCK] = {"args": stored, "attributes": {}}
 
     def _place(self) -> dict[str, int]:
         """What the number of microbatches is counted in, apart from how many processes there are."""

@@ -188,8 +188,8 @@ def test_the_pretraining_study_does_what_is_missing_and_what_it_begins_from(tmp_
     prepare = ["--train_file", str(text), "--vocab_size", "200", "--max_seq_length", "16", "--output_dir", "corpus"]
     prepared = start("prepare_corpus.py", *prepare[:-1], tmp_path / "corpus")
     assert prepared.returncode == 0, prepared.stderr
-    options = "--options=--budget_tokens 16384 --disable_tqdm true --use_cpu true"
-    command = ["--corpus", "corpus", "--output_dir", "study", "--seeds", "0", options, "--runs"]
+    options = ["--options=--disable_tqdm true --use_cpu true", "--budget_tokens", "16384"]
+    command = ["--corpus", "corpus", "--output_dir", "study", "--seeds", "0", *options, "--runs"]
     table = pretraining_study.main([*command, "leaf-16x32-from-32", "dense-32-taught"])
     for name in (
         "leaves 16x32 from dense 32 at 25%",

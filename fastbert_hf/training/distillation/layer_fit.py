@@ -208,7 +208,7 @@ def fit_layer(
     optimizer = torch.optim.AdamW(layer.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     clock = BudgetClock("budget_hours", seconds / 3600)
     layer.train()
-    if isinstance(layer, LeafFeedForward):
+    if isinstance(layer, LeafFeedForward):  # in the published form a threshold is a bias of a neuron, which is fitted
         start_counting(layer)
     losses: list[float] = []
     clock.start()

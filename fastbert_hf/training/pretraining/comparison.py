@@ -105,11 +105,8 @@ def _told_apart(runs: list[FinishedRun]) -> list[FinishedRun]:
     named = list(runs)
     for option, words in VARIED.items():
         for model in {run.model for run in runs}:
-            found = {
-                number: {**ABSENT, **run.options}[option]
-                for number, run in enumerate(runs)
-                if run.model == model and option in {**ABSENT, **run.options}
-            }
+            values = {n: {**ABSENT, **run.options}.get(option) for n, run in enumerate(runs) if run.model == model}
+            found = {number: value for number, value in values.items() if value is not None}
             usual = Counter(found.values()).most_common(1)[0][0] if found else None
             for number, value in found.items():
                 if value != usual:

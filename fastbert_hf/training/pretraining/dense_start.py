@@ -1,6 +1,6 @@
 """A run that begins where a dense run stands: its checkpoint, with trees in place of its dense layers.
 
-The new checkpoint is one of the run of trees, which goes on from it as from one of its own: clock, place in the data,
+The new checkpoint is one of this run, which goes on from it as from one of its own: clock, place in the data,
 learning rate, log and random state are those of the dense run. Source: ours; mixtures of experts are started in this
 way in arXiv 2212.05055.
 """
@@ -8,7 +8,6 @@ way in arXiv 2212.05055.
 import itertools
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,26 +19,16 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel, Trainer
 from fastbert_hf.training.checkpoints import STATE, check_weights, staged_checkpoint
 from fastbert_hf.training.leaf_balance import leaf_layers
 from fastbert_hf.training.provenance import Provenance
-from fastbert_hf.training.start_from_data import (
-    DenseWeights,
-    dense_feed_forward,
-    initialize_model_from_data,
-)
+from fastbert_hf.training.start_from_data import DenseWeights, dense_feed_forward, initialize_model_from_data
 
 OPTIMIZER = "optimizer.pt"
 DENSE_NEURONS = "dense_neurons"  # of a layer, in the parts of a run that it spent as a dense model
 AS_THEY_ARE = ("scheduler.pt", "rng_state*.pth", "training_args.bin", STATE)
-# else the place in the data is another
+# settings of the dense run that this run must have too: with others, the place in the data would be another
 SAME = (
-    "corpus",
-    "train_file",
-    "validation_file",
-    "text_column",
-    "tokenizer",
-    "max_seq_length",
-    "mlm_probability",
+    "corpus", "train_file", "validation_file", "text_column", "tokenizer", "max_seq_length", "mlm_probability",
     "seed",
-)
+)  # fmt: skip
 
 
 def load_dense(checkpoint: str) -> PreTrainedModel:
@@ -60,11 +49,10 @@ def load_dense(checkpoint: str) -> PreTrainedModel:
 
 
 def check_dense_start(checkpoint: str, settings: dict[str, Any], model: PreTrainedModel) -> None:
-    """Check that a run of trees can go on from a dense run's checkpoint.
+    """Check that a run can go on from a dense run's checkpoint.
 
     Args:
-        checkpoint: of the dense run. settings: of the run of trees, as `Provenance` holds them.
-        model: of the run of trees.
+        checkpoint: of the dense run. settings: of this run, as `Provenance` holds them. model: of this run.
 
     Raises:
         ValueError: the model has trees of the published form, the checkpoint is damaged or of another kind of model,
@@ -90,7 +78,7 @@ def write_dense_start(
     provenance: Provenance,
     seed: int = 0,
 ) -> None:
-    """Write the first checkpoint of a run of trees from the checkpoint of a dense run.
+    """Write the first checkpoint of a run from the checkpoint of a dense run.
 
     Leaves begin as `initialize_from_data` has it: each with the neurons of the dense layer that explain most of its
     output among the leaf's tokens. Every other weight and its moments in the optimizer are those of the dense run;
@@ -100,7 +88,7 @@ def write_dense_start(
         checkpoint: of the dense run.
         model: of leaf trees or dense, with the dense model's geometry otherwise; it gets the weights.
         batches: text to see what reaches each layer, gone through once a layer.
-        output_dir: of the run of trees. provenance: what that run is made with; it gets the dense run's parts.
+        output_dir: of this run. provenance: what this run is made with; it gets the dense run's parts.
         seed: for what is random.
 
     Raises:
@@ -109,16 +97,15 @@ def write_dense_start(
     dense = load_dense(checkpoint)
     model.load_state_dict(_taken_over(model, dense), strict=False)
     layers = dense_feed_forward(dense.fastbert)
-    if leaf_layers(model):
-        with tempfile.TemporaryDirectory() as folder:
-            weights = [DenseWeights.of(layer.dense_in, layer.dense_out) for layer in layers]
-            initialize_model_from_data(model, batches, folder, dense=weights, seed=seed)
     earlier = Provenance.read(checkpoint)
     if earlier is not None:
         neurons = len(layers[0].dense_in.weight)
         provenance.parts = [{**part, DENSE_NEURONS: neurons} for part in earlier.parts]
     name = dense_start_folder(checkpoint, output_dir).name
     with staged_checkpoint(output_dir, name, None, True, lambda: None) as stage:
+        if leaf_layers(model):
+            weights = [DenseWeights.of(layer.dense_in, layer.dense_out) for layer in layers]
+            initialize_model_from_data(model, batches, stage / "inputs", dense=weights, seed=seed)
         folder = stage / name
         model.save_pretrained(folder)
         torch.save(_carried_state(Path(checkpoint) / OPTIMIZER, dense, model), folder / OPTIMIZER)
@@ -163,7 +150,7 @@ def optimizer_order(model: nn.Module) -> list[list[str]]:
 
 
 def _carried_state(file: Path, dense: PreTrainedModel, model: PreTrainedModel) -> dict[str, Any]:
-    """A dense run's optimizer, as the state of one for trees."""
+    """A dense run's optimizer, as the state of one for this model."""
     stored = torch.load(file, map_location="cpu", weights_only=True)
     before, after = optimizer_order(dense), optimizer_order(model)
     if [len(group["params"]) for group in stored["param_groups"]] != list(map(len, before)):
@@ -182,7 +169,7 @@ def _carried_state(file: Path, dense: PreTrainedModel, model: PreTrainedModel) -
 
 
 def dense_start(provenance: Provenance, steps: int) -> dict[str, Any] | None:
-    """What a run of trees began from; None for one that began with trees.
+    """What a run began from; None for one that began with random weights, or with those of another model.
 
     Args:
         provenance: of the run. steps: of all its parts.

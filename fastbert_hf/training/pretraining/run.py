@@ -259,7 +259,7 @@ def pretrain(options: PretrainingArguments, args: TrainingArguments) -> tuple[Pr
     )  # fmt: skip
     check_checkpoint(checkpoint, model.config)
     check_balance(options.balance_leaves, model)
-    teacher = load_pretraining_teacher(options.teacher_name_or_path, model.config.vocab_size)
+    teacher = load_pretraining_teacher(options.teacher_name_or_path, tokenizer, model.config.vocab_size)
     provenance = _provenance(options, args, model, tokenizer, checkpoint)
     if options.mixed_precision:
         choose_precision(args)

@@ -3,22 +3,26 @@
 from typing import Any
 
 import torch
-from transformers import AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastbert_hf.data.tokenizer import load_tokenizer, tokenizer_digest
 from fastbert_hf.modeling_fastbert import FastBertForMaskedLM
 from fastbert_hf.training.budget_trainer import BudgetTrainer
 from fastbert_hf.training.checkpoints import check_weights
 from fastbert_hf.training.teaching import divergence, without_dropout
 
 
-def load_pretraining_teacher(path: str | None, vocab_size: int) -> FastBertForMaskedLM | None:
+def load_pretraining_teacher(
+    path: str | None, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> FastBertForMaskedLM | None:
     """A teacher for pretraining: frozen, without dropout; None where there is no path.
 
     Args:
-        path: folder or Hub name of a FastBERT with its head for masked tokens. vocab_size: V of the student.
+        path: folder or Hub name of a FastBERT with its head for masked tokens and its tokenizer.
+        tokenizer: of the run. vocab_size: V of the student.
 
     Raises:
-        ValueError: it cannot be loaded, is of another kind, or has another vocabulary.
+        ValueError: it cannot be loaded, is of another kind, or has another tokenizer or another V.
     """
     if path is None:
         return None
@@ -31,6 +35,8 @@ def load_pretraining_teacher(path: str | None, vocab_size: int) -> FastBertForMa
         raise ValueError(f"the teacher in {path!r} is a {type(teacher).__name__}; expected a FastBERT")
     if teacher.config.vocab_size != vocab_size:
         raise ValueError(f"the teacher in {path!r} has a vocabulary of {teacher.config.vocab_size}, not {vocab_size}")
+    if tokenizer_digest(load_tokenizer(path)) != tokenizer_digest(tokenizer):
+        raise ValueError(f"the teacher in {path!r} has another tokenizer than this run")
     return without_dropout(teacher).requires_grad_(False)
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 import fastbert_hf  # noqa: F401  registers the model with the Auto classes
-from fastbert_hf.data.tokenizer import load_tokenizer
+from fastbert_hf.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
 from fastbert_hf.training.pretraining.comparison import read_run
 from fastbert_hf.training.pretraining.data import load_pretraining_data
 from fastbert_hf.training.pretraining.run import pretrain
@@ -65,6 +65,7 @@ def test_a_student_of_the_teacher_alone_comes_nearer_to_it(tiny, teacher, tmp_pa
     torch.manual_seed(0)
     teacher, models = tmp_path / "random", {}
     AutoModelForMaskedLM.from_config(config).save_pretrained(teacher)
+    load_tokenizer(tiny / "tokenizer").save_pretrained(teacher)
     for weight in (0.0, 1.0):
         models[weight], summary = taught(
             tiny, teacher, tmp_path / str(weight), teacher_weight=weight, max_steps=40, save_strategy="no"
@@ -86,6 +87,8 @@ def test_a_student_of_the_teacher_alone_comes_nearer_to_it(tiny, teacher, tmp_pa
 def test_a_taught_run_resumes_and_counts_its_teacher_as_a_setting(tiny, teacher, tmp_path):
     taught(tiny, teacher, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "again" / "checkpoint-3")
+    state = tmp_path / "again" / "checkpoint-3" / "trainer_state.json"  # as versions before kept the clock
+    state.write_text(state.read_text().replace('"BudgetTrainer"', '"TaughtTrainer"'))
     _, again = taught(tiny, teacher, tmp_path / "again")
     assert again["resumed_from"].endswith("checkpoint-3") and losses(tmp_path / "whole") == losses(tmp_path / "again")
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again"))
@@ -99,11 +102,30 @@ def test_a_taught_run_resumes_and_counts_its_teacher_as_a_setting(tiny, teacher,
         taught(tiny, teacher, tmp_path / "again", teacher_name_or_path=None)
 
 
+def test_a_run_without_teacher_begins_where_a_taught_one_stands(tiny, teacher, tmp_path):
+    """Whatever kind of run wrote a checkpoint, its clock is found."""
+    recipes = {"dense": str(teacher.parent / "dense.yaml"), "leaves": str(tmp_path / "leaves.yaml")}
+    (tmp_path / "leaves.yaml").write_text(TINY_MODEL + "fff_leaf_width: 12\n")
+    taught(tiny, teacher, tmp_path / "dense", model_config=recipes["dense"])
+    start = {"dense_checkpoint": str(tmp_path / "dense" / "checkpoint-3")}
+    _, plain = pretrain(*arguments(tiny, tmp_path / "plain", model_config=recipes["leaves"], **start))
+    _, again = taught(tiny, teacher, tmp_path / "taught", model_config=recipes["leaves"], **start)
+    assert plain["steps"] == again["steps"] == 6 and plain["dense_start"]["fraction"] == 0.5
+    state = json.loads((tmp_path / "taught" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["BudgetTrainer"]["args"]["clock"]["steps"] == 6
+
+
 def test_a_teacher_that_does_not_fit_is_refused(tiny, teacher, tmp_path):
     with pytest.raises(ValueError, match=r"between 0 and 1; got 1\.5"):
         taught(tiny, teacher, tmp_path / "out", teacher_weight=1.5)
     with pytest.raises(ValueError, match="no teacher can be loaded from"):
         taught(tiny, tmp_path / "nowhere", tmp_path / "out")
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    lines = [f"another text of {number} lines" for number in range(200)]
+    save_tokenizer(train_wordpiece(lines, vocab_size=77, model_max_length=32), other)
+    with pytest.raises(ValueError, match="has another tokenizer than this run"):
+        taught(tiny, other, tmp_path / "out")
     wide = tmp_path / "wide.yaml"
     wide.write_text(TINY_MODEL + "vocab_size: 200\n")
     with pytest.raises(ValueError, match="has a vocabulary of 77, not 200"):

@@ -8,7 +8,7 @@ they have (ridge regression).
 import torch
 from torch import Tensor
 
-RIDGE = 1e-2  # of the mean square of a neuron's activations: pulls output weights towards those of the dense layer
+PRIOR_ROWS = 128  # for so many rows count the output weights of the dense layer, towards which the fit is drawn
 DEPENDENT = 1e-3  # a neuron with less than this part of its variance left says what the chosen ones say
 CONSTANT = 1e-10  # and one with less than this part of its mean square as variance, what the constant says
 
@@ -26,6 +26,7 @@ class Moments:
         self.hidden_constant = like.new_zeros(neurons, dtype=torch.float64)
         self.outputs_constant = like.new_zeros(width, dtype=torch.float64)
         self.constant = 0.0
+        self.rows = 0
         self._centred = False
 
     @property
@@ -42,6 +43,7 @@ class Moments:
         self.hidden_constant += constant @ hidden
         self.outputs_constant += constant @ outputs
         self.constant += constant.square().sum().item()
+        self.rows += len(hidden)
 
     def centre(self) -> None:
         """Leave to a constant what a constant can explain; `constant_for` says which one."""
@@ -85,5 +87,6 @@ def output_weights(moments: Moments, chosen: Tensor, start: Tensor) -> Tensor:
     """(C, H_out), the output weights with which the chosen neurons (C,) come closest: near `start`, (C, H_out)."""
     hidden, start = moments.hidden[chosen][:, chosen], start.double()
     missing = moments.outputs[chosen] - hidden @ start
-    ridge = (RIDGE * moments.squares[chosen].sum() / max(1, len(chosen))).clamp(min=1e-30)
+    mean_square = moments.squares[chosen].sum() / max(1, len(chosen) * moments.rows)
+    ridge = (PRIOR_ROWS * mean_square).clamp(min=1e-30)
     return start + torch.linalg.solve(hidden + ridge * torch.eye(len(hidden)).to(hidden), missing)

@@ -71,6 +71,7 @@ def initialize_from_data(
     x: Tensor,
     dense: DenseWeights | None = None,
     *,
+    targets: Tensor | None = None,
     seed: int = 0,
     max_rows: int = MAX_ROWS,
 ) -> None:
@@ -92,17 +93,22 @@ def initialize_from_data(
         x: (N, H) or (..., H), N >= 1. A tensor over a file that is mapped into memory is read in parts.
         dense: the layer to take neurons from, with the layer's activation; None for random leaves. Where its part for
             a tree has fewer than w neurons, the others are random and their output is zero.
+        targets: (N, H_out), what the layer should put out for each row, where that is not what `dense` puts out: the
+            choice and the output weights of neurons are fitted to it.
         seed: for the sample and all that is random. Equal arguments give equal parameters.
         max_rows: rows that are looked at, at most.
 
     Raises:
         ValueError: x has no row, another width, or a value that is not finite; dense has other widths, a value that
-            is not finite, or a bias where the layer has none.
+            is not finite, or a bias where the layer has none; targets of another shape, or without `dense`.
     """
     draw = torch.Generator().manual_seed(seed)
-    rows = _sample(layer, x, max_rows, draw)
+    if targets is not None:
+        _check_targets(layer, x, dense, targets)
+    rows, targets = _sample(layer, x, targets, max_rows, draw)
     if dense is not None:
         dense = _checked(layer, dense, rows)
+        beside = None if targets is None else _beside(dense, rows, targets, layer) / layer.trees
     _reset(layer, draw)
     if layer.depth:
         components = _components(rows, torch.arange(len(rows), device=rows.device)) if layer.trees > 1 else None
@@ -113,7 +119,7 @@ def initialize_from_data(
             basis = components[:, part :: layer.trees]  # (H, about H / P)
         leaves, margins = _route(layer, tree, rows, basis)
         if dense is not None:
-            _fill_leaves(layer, tree, rows, leaves, margins.sigmoid(), dense)
+            _fill_leaves(layer, tree, rows, leaves, margins.sigmoid(), dense, beside)
 
 
 def initialize_model_from_data(
@@ -161,8 +167,18 @@ def initialize_model_from_data(
             file.unlink(missing_ok=True)
 
 
-def _sample(layer: LeafFeedForward, x: Tensor, max_rows: int, draw: torch.Generator) -> Tensor:
-    """At most max_rows rows as the layer sees them, in the dtype in which it sums: (S, H)."""
+def _check_targets(layer: LeafFeedForward, x: Tensor, dense: DenseWeights | None, targets: Tensor) -> None:
+    if dense is None:
+        raise ValueError("targets are for the neurons of a dense layer; expected `dense` too")
+    expected = (x.shape[:-1].numel(), layer.out_features)
+    if targets.shape != expected:
+        raise ValueError(f"targets has shape {tuple(targets.shape)}; expected {expected}, one for each row of x")
+
+
+def _sample(
+    layer: LeafFeedForward, x: Tensor, targets: Tensor | None, max_rows: int, draw: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """At most max_rows rows as the layer sees them, in the dtype in which it sums, (S, H), and their targets."""
     if max_rows < 1:
         raise ValueError(f"max_rows must be at least 1; got {max_rows}")
     if x.dim() < 1 or x.shape[-1] != layer.in_features or x.numel() == 0:
@@ -173,9 +189,11 @@ def _sample(layer: LeafFeedForward, x: Tensor, max_rows: int, draw: torch.Genera
         if bad.any():
             raise ValueError(f"row {start + int(bad.nonzero()[0])} of x is not finite")
     if len(x) > max_rows:
-        x = x[torch.randperm(len(x), generator=draw)[:max_rows].sort().values.to(x.device)]
+        kept = torch.randperm(len(x), generator=draw)[:max_rows].sort().values.to(x.device)
+        x, targets = x[kept], None if targets is None else targets[kept.to(targets.device)]
     weight = layer.weight_in
-    return x.to(weight.device, weight.dtype).to(accumulation_dtype(weight.dtype))
+    dtype = accumulation_dtype(weight.dtype)
+    return x.to(weight.device, weight.dtype).to(dtype), None if targets is None else targets.to(weight.device, dtype)
 
 
 def _checked(layer: LeafFeedForward, dense: DenseWeights, rows: Tensor) -> DenseWeights:
@@ -198,6 +216,12 @@ def _checked(layer: LeafFeedForward, dense: DenseWeights, rows: Tensor) -> Dense
         if getattr(layer, name) is None:
             raise ValueError(f"dense has {name} and the layer has no biases; expected a layer made with bias=True")
     return DenseWeights(*(None if tensor is None else tensor.to(rows) for tensor in dense))
+
+
+def _beside(dense: DenseWeights, rows: Tensor, targets: Tensor, layer: LeafFeedForward) -> Tensor:
+    """(S, H_out), what the targets are beside what the dense layer puts out."""
+    parts = zip(rows.split(CHUNK), targets.split(CHUNK), strict=True)
+    return torch.cat([wanted - dense.forward(part, layer.activation) for part, wanted in parts])
 
 
 def _reset(layer: LeafFeedForward, draw: torch.Generator) -> None:
@@ -297,9 +321,19 @@ def _components(rows: Tensor, used: Tensor, basis: Tensor | None = None, count: 
 
 
 def _fill_leaves(
-    layer: LeafFeedForward, tree: int, rows: Tensor, leaves: list[_Node], confidence: Tensor, dense: DenseWeights
+    layer: LeafFeedForward,
+    tree: int,
+    rows: Tensor,
+    leaves: list[_Node],
+    confidence: Tensor,
+    dense: DenseWeights,
+    beside: Tensor | None,
 ) -> None:
-    """Set the leaves of one tree from its part of the dense layer's neurons."""
+    """Set the leaves of one tree from its part of the dense layer's neurons.
+
+    Args:
+        rows: (S, H). confidence: (S,). beside: (S, H_out), what the tree should put out beside its part, or None.
+    """
     order = torch.arange(tree, max(tree, len(dense.weight_in)), layer.trees, device=rows.device)
     bias_out = None if dense.bias_out is None else dense.bias_out / layer.trees
     bias_in = None if dense.bias_in is None else dense.bias_in[order]
@@ -307,7 +341,7 @@ def _fill_leaves(
     width = layer.leaf_width
     for number, leaf in enumerate(leaves):
         place = tree * len(leaves) + number
-        chosen, weight_out, constant = _chosen_neurons(layer, rows, leaf.used, confidence, part)
+        chosen, weight_out, constant = _chosen_neurons(layer, rows, leaf.used, confidence, part, beside)
         neurons = slice(place * width, place * width + len(chosen))
         layer.weight_in[neurons] = part.weight_in[chosen].to(layer.weight_in.dtype)
         layer.weight_out[neurons] = weight_out.to(layer.weight_out.dtype)
@@ -319,7 +353,12 @@ def _fill_leaves(
 
 
 def _chosen_neurons(
-    layer: LeafFeedForward, rows: Tensor, used: Tensor, confidence: Tensor, dense: DenseWeights
+    layer: LeafFeedForward,
+    rows: Tensor,
+    used: Tensor,
+    confidence: Tensor,
+    dense: DenseWeights,
+    beside: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The neurons (C,) of a leaf, their output weights (C, H_out), and its output bias (H_out,)."""
     size = dense.weight_out.square().sum(0)
@@ -330,6 +369,8 @@ def _chosen_neurons(
     for part in used.split(CHUNK):
         hidden, factor = dense.hidden(rows[part], layer.activation), confidence[part]
         outputs = nn.functional.linear(hidden, dense.weight_out, dense.bias_out)
+        if beside is not None:
+            outputs += beside[part]
         moments.add(hidden[:, known] * factor.unsqueeze(1), outputs, factor)
     if layer.bias_out is not None:
         moments.centre()

@@ -43,7 +43,7 @@ def test_each_neuron_is_the_one_that_explains_most(centre):
 
 
 def test_weights_and_constant_are_those_of_least_squares(monkeypatch):
-    monkeypatch.setattr(neuron_choice, "RIDGE", 0.0)
+    monkeypatch.setattr(neuron_choice, "PRIOR_ROWS", 0)
     hidden, outputs, factor = problem()
     moments, chosen = moments_of(hidden, outputs, factor), torch.tensor([1, 4, 5])
     weights = output_weights(moments, chosen, torch.ones(3, 5))
@@ -51,6 +51,19 @@ def test_weights_and_constant_are_those_of_least_squares(monkeypatch):
     expected = torch.linalg.lstsq(features, outputs.double()).solution
     torch.testing.assert_close(weights, expected[:3])
     torch.testing.assert_close(moments.constant_for(chosen, weights), expected[3])
+
+
+def test_the_weights_of_the_dense_layer_count_as_so_many_rows():
+    start = torch.ones(3, 5)
+    hidden, outputs, factor = problem(rows=neuron_choice.PRIOR_ROWS)
+    chosen = torch.tensor([1, 4, 5])
+    moved = []
+    for times in (1, 8, 64):
+        moments = moments_of(hidden.repeat(times, 1), outputs.repeat(times, 1), factor.repeat(times))
+        exact = torch.linalg.solve(moments.hidden[chosen][:, chosen], moments.outputs[chosen])
+        gap = (output_weights(moments, chosen, start) - exact).norm() / (start - exact).norm()
+        moved.append(gap.item())
+    assert moved[0] > 0.3 and moved[0] > 3 * moved[1] > 9 * moved[2]
 
 
 def test_rows_that_say_nothing_leave_the_weights_as_they_are():

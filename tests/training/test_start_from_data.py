@@ -272,3 +272,36 @@ def test_models_and_text_that_do_not_fit_are_refused(model, tmp_path):
         initialize_model_from_data(model, text(), tmp_path, dense=[None])
     with pytest.raises(ValueError, match="no leaf trees"):
         initialize_model_from_data(nn.Linear(2, 2), text(), tmp_path)
+
+
+@pytest.mark.parametrize("trees", [1, 2])
+def test_leaves_are_fitted_to_other_targets_than_the_dense_layer_gives(trees):
+    dense, x = dense_layer(), clustered(2000)
+    targets = dense.forward(x, "gelu") + 2 * x[:, :6].tanh()
+    layers = [LeafFeedForward(12, 6, depth=2, leaf_width=16, trees=trees) for _ in range(2)]
+    for layer, wanted in zip(layers, (None, targets)):
+        initialize_from_data(layer, x, dense, targets=wanted)
+    with torch.no_grad():
+        plain, told = (
+            ((layer(x) - targets).square().sum() / targets.var(0).sum() / len(x)).item() for layer in layers
+        )
+    assert told < 0.7 * plain
+
+
+def test_targets_go_with_their_rows_when_rows_are_drawn():
+    dense, x = dense_layer(), clustered(3000)
+    layers = [LeafFeedForward(12, 6, depth=2, leaf_width=8) for _ in range(2)]
+    for layer, targets in zip(layers, (None, dense.forward(x, "gelu"))):
+        initialize_from_data(layer, x, dense, targets=targets, max_rows=500, seed=3)
+    for name, value in layers[0].state_dict().items():
+        torch.testing.assert_close(layers[1].state_dict()[name], value, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("targets, dense, message", [
+    (draw(9, 6), None, "expected `dense` too"),
+    (draw(8, 6), dense_layer(), r"targets has shape \(8, 6\); expected \(9, 6\)"),
+    (draw(9, 5), dense_layer(), r"targets has shape \(9, 5\); expected \(9, 6\)"),
+])  # fmt: skip
+def test_targets_that_do_not_fit_are_named(targets, dense, message):
+    with pytest.raises(ValueError, match=message):
+        initialize_from_data(LeafFeedForward(12, 6, depth=1, leaf_width=2), draw(9, 12), dense, targets=targets)

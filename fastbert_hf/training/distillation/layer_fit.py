@@ -99,14 +99,17 @@ class FlatLeaves(nn.Module):
         return torch.cat(outputs)[order.argsort()] * confidence.unsqueeze(1)
 
 
-def make_layer(form: str, dense: DenseWeights, x: Tensor, activation: str, seed: int = 0) -> nn.Module:
+def make_layer(
+    form: str, dense: DenseWeights, x: Tensor, activation: str, seed: int = 0, targets: Tensor | None = None
+) -> nn.Module:
     """A layer to fit, at its start.
 
     Args:
         form: "dense:F", "tree:PxD" (the published form), "leaf:DxW" or "leaf:PxDxW", "flat:MxW".
-        dense: what it will be fitted to; leaves begin with its neurons, the other forms at random.
+        dense: leaves begin with its neurons, the other forms at random.
         x: (N, H) rows, from which routers begin.
         activation: of all of them. seed: for all that is random.
+        targets: (N, H_out), what it will be fitted to; None: what `dense` puts out.
 
     Raises:
         ValueError: a form that is none of these.
@@ -127,7 +130,7 @@ def make_layer(form: str, dense: DenseWeights, x: Tensor, activation: str, seed:
         else:
             trees, depth, width = 1, sizes[0].bit_length() - 1, sizes[1]
         layer = LeafFeedForward(*widths, depth, width, trees or 1, activation)
-        initialize_from_data(layer, x, dense, seed=seed)
+        initialize_from_data(layer, x, dense, targets=targets, seed=seed, max_rows=len(x))
         return FlatLeaves(layer, x) if kind == "flat" else layer
 
 

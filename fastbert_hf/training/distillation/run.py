@@ -215,8 +215,8 @@ def _fit_layers(run: Run, student: Student, note: Callable[[], None]) -> None:
         note()
         count = run.teacher.model.config.num_hidden_layers
         print(
-            f"layer {layer + 1} of {count} fitted in {seconds:.0f} s: it explains {1 - unexplained:.1%} of what the "
-            "dense layer does",
+            f"layer {layer + 1} of {count} fitted in {seconds:.0f} s: it gives {1 - unexplained:.1%} of what the "
+            "model lacks there",
             flush=True,
         )
 

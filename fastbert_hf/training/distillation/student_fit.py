@@ -1,12 +1,13 @@
-"""The start of a student: each feed-forward layer fitted to the one of the teacher that it replaces.
+"""The start of a student: its feed-forward layers fitted one after the other.
 
-The layers are independent of each other: each sees what reaches its place in the teacher.
+Each sees what reaches it in the student, and learns what the student still lacks there of the teacher's hidden state:
+so it makes up for the layers below it as well.
 """
 
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -23,14 +24,14 @@ from fastbert_hf.training.distillation.layer_fit import (
     fit_layer,
     make_layer,
     output_moments,
-    outputs_of,
     rescaled,
     unexplained,
 )
 from fastbert_hf.training.start_from_data import DenseWeights, dense_feed_forward
 
 MEAN = "output_mean"
-MEASURED_ROWS = 16384  # of the rows that were fitted
+HELD_BACK = 20  # one row of so many, the last ones, is measured on and not fitted
+MEASURED_ROWS = 16384  # at most
 
 
 def fit_student(
@@ -47,14 +48,17 @@ def fit_student(
 ) -> None:
     """Fit every feed-forward layer of a student. Layers that are done stand in the folder and are not done again.
 
-    The error counts every output dimension by its standard deviation: of the raw variance, a few dimensions of a
-    trained model hold nearly all.
+    A layer learns the difference between the teacher's hidden state behind its place, before the norm there, and what
+    the student has without it. The error counts every dimension of that by its standard deviation: of the raw
+    variance, a few dimensions of a trained model hold nearly all. The text takes one pass through the teacher, and
+    for each layer one through the layers of the student below it.
 
     Args:
-        student: gets the fitted weights. teacher: dense; both encoders have the same number of layers.
+        student: gets the fitted weights. teacher: dense; both encoders have the same number of layers, on the CPU.
         form: of the student's layers, as `make_layer` takes it.
         batches: text, gone through once; not at all where every layer is done.
-        folder: for the layers, and for max_rows * H * 4 bytes of each layer's inputs while it works.
+        folder: for the layers, and for max_rows * H * 4 bytes while it works, one more time than the model has layers
+            where norms stand behind, and two more where they stand in front.
         settings: of each fit.
         max_rows: tokens to fit on.
         seconds_left: for all layers that are not done. Each gets an equal part of what is left when its turn comes,
@@ -62,37 +66,68 @@ def fit_student(
         report: called after each layer with its number, the unexplained part of the variance, and its seconds.
 
     Raises:
-        ValueError: a fit that diverges; no text; no room on the disk for the inputs.
+        ValueError: a fit that diverges; no text; no room on the disk for the rows.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    targets = dense_feed_forward(teacher)
-    done = [folder / f"layer-{number}.safetensors" for number in range(len(targets))]
-    inputs = folder / "inputs"
-    if not all(file.is_file() for file in done):
-        shutil.rmtree(inputs, ignore_errors=True)  # of a process that was killed
-        _check_room(folder, len(targets) * max_rows * teacher.config.hidden_size * 4)
-        inputs.mkdir(exist_ok=True)
-        paths = [inputs / f"layer-{number}.f32" for number in range(len(targets))]
-        rows = sample_inputs_of_all(teacher, targets, batches, paths, max_rows=max_rows, seed=settings.seed)
-        left = [number for number, file in enumerate(done) if not file.is_file()]
-        for place, number in enumerate(left):
+    dense = dense_feed_forward(teacher)
+    done = [folder / f"layer-{number}.safetensors" for number in range(len(dense))]
+    left = [number for number, file in enumerate(done) if not file.is_file()]
+    rows = folder / "rows"
+    shutil.rmtree(rows, ignore_errors=True)  # of a process that was killed
+    if left:
+        _check_room(folder, (len(dense) + len(_around(student, 0))) * max_rows * teacher.config.hidden_size * 4)
+        rows.mkdir()
+        sampled = {"max_rows": max_rows, "seed": settings.seed}  # the same rows each time
+        read: list[Mapping[str, Tensor]] = []
+        paths = [rows / f"teacher-{number}.f32" for number in range(len(dense))]
+        wanted = sample_inputs_of_all(teacher, _behind(teacher), _kept(batches, read), paths, **sampled)
+    for number, file in enumerate(done):
+        layer = student.layers[number]
+        if number in left:
             began = time.perf_counter()
-            seconds = seconds_left() / (len(left) - place)
-            module, file = targets[number], done[number]
-            dense = DenseWeights.of(module.dense_in, module.dense_out)
-            x = torch.from_numpy(rows[number])
-            centre = form.startswith("dense:") or not student.layers[number].pre_norm
-            layer, mean, error = fitted(form, dense, x, teacher.config.hidden_act, settings, centre, seconds)
+            seconds = seconds_left() / (len(left) - left.index(number))
+            around = _around(student, number)
+            paths = [rows / f"student-{place}.f32" for place in range(len(around))]
+            found = sample_inputs_of_all(student, around, read, paths, **sampled)
+            residual, x = (torch.from_numpy(part) for part in (found[0], found[-1]))
+            targets = torch.from_numpy(wanted[number]).sub_(residual)
+            weights = DenseWeights.of(dense[number].dense_in, dense[number].dense_out)
+            centre = form.startswith("dense:") or not layer.pre_norm
+            activation = teacher.config.hidden_act
+            seconds -= time.perf_counter() - began
+            ffn, mean, error = fitted(form, weights, x, targets, activation, settings, centre, seconds)
             with staged_folder(folder, last=file.name) as stage:
-                save_file({**layer.state_dict(), MEAN: mean}, stage / file.name)
+                save_file({**ffn.state_dict(), MEAN: mean}, stage / file.name)
             report(number, error, time.perf_counter() - began)
-    shutil.rmtree(inputs, ignore_errors=True)
-    for layer, file in zip(student.layers, done):
-        weights = load_file(file)
-        mean = weights.pop(MEAN)
-        layer.ffn.load_state_dict(weights)
+        fitted_weights = load_file(file)
+        mean = fitted_weights.pop(MEAN)
+        layer.ffn.load_state_dict(fitted_weights)
         add_constant(layer, mean)
+    shutil.rmtree(rows, ignore_errors=True)
+
+
+def _kept(
+    batches: Iterable[Mapping[str, Tensor]], read: list[Mapping[str, Tensor]]
+) -> Iterator[Mapping[str, Tensor]]:
+    """The batches, noted in a list as they are taken."""
+    for batch in batches:
+        read.append(batch)
+        yield batch
+
+
+def _behind(encoder: FastBertModel) -> list[nn.Module]:
+    """For each layer of an encoder, the module whose input is the layer's hidden state, before a norm."""
+    layers = list(encoder.layers)
+    if layers[0].pre_norm:
+        return [layer.attention_norm for layer in layers[1:]] + [encoder.final_norm]
+    return [layer.ffn_norm for layer in layers]
+
+
+def _around(encoder: FastBertModel, number: int) -> list[nn.Module]:
+    """The modules of a layer whose inputs are what its feed-forward layer is added to (first) and reads (last)."""
+    layer = encoder.layers[number]
+    return [layer.ffn_norm, layer.ffn] if layer.pre_norm else [layer.ffn]
 
 
 def _check_room(folder: Path, size: int) -> None:
@@ -100,8 +135,8 @@ def _check_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise ValueError(
-            f"what the layers read takes {size / 1e9:.1f} GB in {str(folder)!r}, where {free / 1e9:.1f} GB are free: "
-            "give a smaller fit_rows, or another output_dir"
+            f"the rows that layers are fitted to take {size / 1e9:.1f} GB in {str(folder)!r}, where {free / 1e9:.1f} GB "
+            "are free: give a smaller fit_rows, or another output_dir"
         )
 
 
@@ -109,30 +144,34 @@ def fitted(
     form: str,
     dense: DenseWeights,
     x: Tensor,
+    targets: Tensor,
     activation: str,
     settings: FitSettings,
     centre: bool = True,
     seconds: float = math.inf,
 ) -> tuple[nn.Module, Tensor, float]:
-    """A layer fitted to a dense layer.
+    """A layer fitted to rows of targets.
 
     Args:
-        form: as `make_layer` takes it. dense: what is replaced. x: (N, H) rows of its input.
-        centre: leave the mean of the outputs to a constant that is added to what the layer puts out.
+        form: as `make_layer` takes it. dense: what is replaced, whose neurons leaves begin with.
+        x: (N, H) rows of its input. targets: (N, H_out) what it should put out for them; overwritten.
+        centre: leave the mean of the targets to a constant that is added to what the layer puts out.
         seconds: for the start from data and the fit.
 
     Returns:
-        The layer, the constant (H_out,), and the part of the variance that is left unexplained, on the same rows.
+        The layer, the constant (H_out,), and the part of the variance that is left unexplained, on the last rows,
+        which are not fitted.
     """
     began = time.perf_counter()
-    targets = outputs_of(dense, x, activation)
     mean, std = output_moments(targets)
     if not centre:
         mean = torch.zeros_like(mean)
     targets.sub_(mean.to(targets)).div_(std.to(targets))
-    layer = make_layer(form, rescaled(dense, mean, std), x, activation, settings.seed)
-    fit_layer(layer, x, targets, settings, seconds - (time.perf_counter() - began))
-    error = unexplained(layer, x[:MEASURED_ROWS], targets[:MEASURED_ROWS])
+    last = min(len(x) // HELD_BACK, MEASURED_ROWS)
+    rows, wanted = (part[: len(x) - last] for part in (x, targets))
+    layer = make_layer(form, rescaled(dense, mean, std), rows, activation, settings.seed, wanted)
+    fit_layer(layer, rows, wanted, settings, seconds - (time.perf_counter() - began))
+    error = unexplained(layer, x[-last:], targets[-last:])  # all of them where there are too few to hold back
     scale_outputs(layer, std)
     return layer, mean.to(x), error
 

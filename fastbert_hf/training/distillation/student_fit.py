@@ -135,8 +135,8 @@ def _check_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise ValueError(
-            f"the rows that layers are fitted to take {size / 1e9:.1f} GB in {str(folder)!r}, where {free / 1e9:.1f} GB "
-            "are free: give a smaller fit_rows, or another output_dir"
+            f"the rows that layers are fitted to take {size / 1e9:.1f} GB in {str(folder)!r}, where "
+            f"{free / 1e9:.1f} GB are free: give a smaller fit_rows, or another output_dir"
         )
 
 

@@ -69,11 +69,12 @@ def render_report(summary: Mapping[str, Any]) -> str:
             f"{summary['dead_leaves']} leaves were not reached by any held-out token; the fullest one took "
             f"{summary['largest_leaf_share']:.1%} of them."
         )
+    refitted = "output weights solved once more; " if summary.get("refit") else ""
     lines += ["", "## How", ""]
     lines.append(
         f"{summary['fit_seconds']:.0f} s to fit the layers, {summary['train_seconds']:.0f} s and "
-        f"{summary['steps']:,} steps end to end; {summary['texts']:,} texts, {summary['tokens_seen']:,} tokens seen; "
-        f"seed {summary['seed']}, learning rate {summary['learning_rate']:g}."
+        f"{summary['steps']:,} steps end to end; {refitted}{summary['texts']:,} texts, "
+        f"{summary['tokens_seen']:,} tokens seen; seed {summary['seed']}, learning rate {summary['learning_rate']:g}."
     )
     lines += ["", "| text | SHA-256 | licence |", "|---|---|---|"]
     lines += [f"| {source['name']} | {source['sha256'][:16]} | not stated |" for source in summary["sources"]]

@@ -81,12 +81,17 @@ class DistillationArguments:
     held_out_texts: int = field(default=1000, metadata={"help": "texts kept back to measure on, at most"})
     max_seq_length: int = field(default=128, metadata={"help": "longer texts are cut to this many tokens"})
     batch_size: int = field(default=48, metadata={"help": "texts of an optimizer step"})
-    fit_rows: int = field(default=100_000, metadata={"help": "tokens on which each layer is fitted, at most"})
+    fit_rows: int = field(
+        default=100_000, metadata={"help": "tokens on which each layer is fitted, and refitted, at most"}
+    )
     fit_steps: int = field(default=800, metadata={"help": "steps of each layer's fit; 0 leaves the start from data"})
     fit_rows_per_step: int = field(default=1024, metadata={"help": "tokens of each"})
     fit_learning_rate: float = field(default=1e-3, metadata={"help": "of each layer's fit"})
     balance_leaves: float = field(
         default=0.5, metadata={"help": "rate at which thresholds follow medians while layers are fitted; 0: never"}
+    )
+    refit: bool = field(
+        default=True, metadata={"help": "solve for the output weights of leaves and dense layers after the training"}
     )
     teacher_dtype: str = field(
         default="auto",

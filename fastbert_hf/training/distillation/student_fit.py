@@ -5,9 +5,8 @@ so it makes up for the layers below it as well.
 """
 
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from fastbert_hf.encoder_fastbert import FastBertDenseFeedForward, FastBertLayer
 from fastbert_hf.files import staged_folder
 from fastbert_hf.leaf_layer import LeafFeedForward
 from fastbert_hf.modeling_fastbert import FastBertModel
-from fastbert_hf.training.activations import sample_inputs_of_all
+from fastbert_hf.training.distillation.lacking_rows import lacking_rows
 from fastbert_hf.training.distillation.layer_fit import (
     FitSettings,
     fit_layer,
@@ -73,25 +72,13 @@ def fit_student(
     dense = dense_feed_forward(teacher)
     done = [folder / f"layer-{number}.safetensors" for number in range(len(dense))]
     left = [number for number, file in enumerate(done) if not file.is_file()]
-    rows = folder / "rows"
-    shutil.rmtree(rows, ignore_errors=True)  # of a process that was killed
-    if left:
-        _check_room(folder, (len(dense) + len(_around(student, 0))) * max_rows * teacher.config.hidden_size * 4)
-        rows.mkdir()
-        sampled = {"max_rows": max_rows, "seed": settings.seed}  # the same rows each time
-        read: list[Mapping[str, Tensor]] = []
-        paths = [rows / f"teacher-{number}.f32" for number in range(len(dense))]
-        wanted = sample_inputs_of_all(teacher, _behind(teacher), _kept(batches, read), paths, **sampled)
+    rows = lacking_rows(student, teacher, batches, folder / "rows", left, max_rows=max_rows, seed=settings.seed)
     for number, file in enumerate(done):
         layer = student.layers[number]
         if number in left:
             began = time.perf_counter()
             seconds = seconds_left() / (len(left) - left.index(number))
-            around = _around(student, number)
-            paths = [rows / f"student-{place}.f32" for place in range(len(around))]
-            found = sample_inputs_of_all(student, around, read, paths, **sampled)
-            residual, x = (torch.from_numpy(part) for part in (found[0], found[-1]))
-            targets = torch.from_numpy(wanted[number]).sub_(residual)
+            x, targets = next(rows)
             weights = DenseWeights.of(dense[number].dense_in, dense[number].dense_out)
             centre = form.startswith("dense:") or not layer.pre_norm
             activation = teacher.config.hidden_act
@@ -104,40 +91,7 @@ def fit_student(
         mean = fitted_weights.pop(MEAN)
         layer.ffn.load_state_dict(fitted_weights)
         add_constant(layer, mean)
-    shutil.rmtree(rows, ignore_errors=True)
-
-
-def _kept(
-    batches: Iterable[Mapping[str, Tensor]], read: list[Mapping[str, Tensor]]
-) -> Iterator[Mapping[str, Tensor]]:
-    """The batches, noted in a list as they are taken."""
-    for batch in batches:
-        read.append(batch)
-        yield batch
-
-
-def _behind(encoder: FastBertModel) -> list[nn.Module]:
-    """For each layer of an encoder, the module whose input is the layer's hidden state, before a norm."""
-    layers = list(encoder.layers)
-    if layers[0].pre_norm:
-        return [layer.attention_norm for layer in layers[1:]] + [encoder.final_norm]
-    return [layer.ffn_norm for layer in layers]
-
-
-def _around(encoder: FastBertModel, number: int) -> list[nn.Module]:
-    """The modules of a layer whose inputs are what its feed-forward layer is added to (first) and reads (last)."""
-    layer = encoder.layers[number]
-    return [layer.ffn_norm, layer.ffn] if layer.pre_norm else [layer.ffn]
-
-
-def _check_room(folder: Path, size: int) -> None:
-    """Check that so many bytes fit on the disk: a process that writes to a mapped file without room is killed."""
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise ValueError(
-            f"the rows that layers are fitted to take {size / 1e9:.1f} GB in {str(folder)!r}, where "
-            f"{free / 1e9:.1f} GB are free: give a smaller fit_rows, or another output_dir"
-        )
+    rows.close()  # removes its files
 
 
 def fitted(

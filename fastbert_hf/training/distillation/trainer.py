@@ -88,8 +88,18 @@ class DistillationTrainer(BudgetTrainer):
         parts = {"hidden_error": layers.mean(), **parts}
         for name, value in parts.items():
             self._logged[name].append(value.detach())
-        loss = sum(self.weights[name] * value for name, value in parts.items())
+        loss = self.weighted(parts)
         return (loss, parts) if return_outputs else loss
+
+    def weighted(self, parts: Mapping[str, Any]) -> Any:
+        """The sum of the parts of the loss, each with its weight."""
+        return sum(self.weights[name] * value for name, value in parts.items())
+
+    def measured_loss(self, metrics: Mapping[str, Any], prefix: str = "eval") -> float:
+        """The loss that `measure` found."""
+        layers = metrics[f"{prefix}_hidden_error_by_layer"]
+        parts = {name: metrics[f"{prefix}_{name}"] for name in self.weights if f"{prefix}_{name}" in metrics}
+        return float(self.weighted({**parts, "hidden_error": sum(layers) / len(layers)}))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the loss, means since the last line."""

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 from fastbert_hf import FastBertForSequenceClassification, FastBertModel, LeafFeedForward
 from fastbert_hf.data.tokenizer import load_tokenizer
 from fastbert_hf.training.budget import BudgetClock
-from fastbert_hf.training.distillation import run, student_fit
+from fastbert_hf.training.distillation import lacking_rows, run, student_fit
 from fastbert_hf.training.distillation.teacher import fast_dtype
 from fastbert_hf.training.distillation.texts import TextBatches
 from fastbert_hf.training.distillation.trainer import DistillationTrainer
@@ -54,7 +54,9 @@ def test_progress_is_in_words(tiny, bert, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert sum(bool(re.match(r"layer \d of 2 fitted in \d+ s: it gives -?\d+\.\d% of", line)) for line in lines) == 2
     assert any("budget 33.3%" in line and "hidden-state error " in line for line in lines)
-    assert sum("held-out hidden-state error " in line for line in lines) == 2
+    assert sum("held-out hidden-state error " in line for line in lines) == 3  # fitted, trained, refitted
+    solved = r"output weights solved in \d+ s: held-out loss \d+\.\d+ before, \d+\.\d+ after"
+    assert sum(bool(re.match(solved, line)) for line in lines) == 1
 
 
 def test_the_embeddings_are_those_of_the_teacher(tiny, bert, tmp_path):
@@ -251,7 +253,7 @@ def test_seconds_of_fitted_layers_count_if_the_process_is_killed(tiny, bert, tmp
 
 
 def test_a_disk_without_room_for_what_layers_read_is_named(tiny, bert, tmp_path, monkeypatch):
-    monkeypatch.setattr(student_fit.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3 * 2000 * 16 * 4 - 1))
+    monkeypatch.setattr(lacking_rows.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3 * 2000 * 16 * 4 - 1))
     with pytest.raises(ValueError, match="smaller fit_rows"):
         distill(bert, tiny / "corpus.txt", tmp_path)
     distill(bert, tiny / "corpus.txt", tmp_path / "less", fit_rows=1999, max_steps=1)
@@ -269,7 +271,8 @@ def test_a_budget_of_minutes_ends_the_run(tiny, bert, tmp_path, monkeypatch):
     seconds = itertools.count()  # each step takes one
     monkeypatch.setattr(BudgetClock, "_read", lambda self: (float(next(seconds)), 0.0))
     summary = distill(bert, tiny / "corpus.txt", tmp_path, max_steps=None, budget_minutes=0.5, fit_steps=5)
-    assert summary["steps"] == summary["train_seconds"] == math.ceil(30 - summary["fit_seconds"])
+    training = 30 * (1 - run.REFIT_SHARE) - summary["fit_seconds"]
+    assert summary["steps"] == summary["train_seconds"] == math.ceil(training)
 
 
 def test_speed_chooses_the_widest_leaves_that_are_fast_enough(tiny, bert, tmp_path, monkeypatch):

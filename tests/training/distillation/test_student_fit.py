@@ -3,34 +3,11 @@
 import pytest
 import torch
 
-from fastbert_hf import FastBertConfig, FastBertModel
 from fastbert_hf.training.distillation import student_fit
 from fastbert_hf.training.distillation.layer_fit import FitSettings
 from fastbert_hf.training.distillation.student import student_of
 from fastbert_hf.training.distillation.student_fit import fit_student
-
-SIZES = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-
-
-def teacher(norm_scheme):
-    torch.manual_seed(0)
-    dense = {"ffn_type": "dense", "intermediate_size": 24, "use_bias": True, "dense_gated": False}
-    config = FastBertConfig(**SIZES, **dense, norm_scheme=norm_scheme, final_norm=norm_scheme == "pre")
-    model = FastBertModel(config).eval()
-    for name, parameter in model.named_parameters():
-        if "norm" not in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-    return model
-
-
-def text(count=12, seed=1):
-    draw = torch.Generator().manual_seed(seed)
-    batches = []
-    for _ in range(count):
-        lengths = torch.randint(3, 9, (4, 1), generator=draw)
-        mask = (torch.arange(8) < lengths).long()
-        batches.append({"input_ids": torch.randint(5, 30, (4, 8), generator=draw), "attention_mask": mask})
-    return batches
+from tests.training.distillation.encoders import last_error, teacher, text
 
 
 def behind(layer, residual, x):
@@ -76,16 +53,6 @@ def test_a_layer_sees_the_student_and_learns_what_it_still_lacks(norm_scheme, tm
     fit_student(student, wanted, "leaf:1x4", batches, tmp_path, FitSettings(steps=0))
     assert seen == [0, 1, 2]
     assert sorted(file.name for file in tmp_path.iterdir()) == [f"layer-{n}.safetensors" for n in range(3)]
-
-
-@torch.no_grad()
-def last_error(student, wanted, batches):
-    errors = []
-    for batch in batches:
-        mask = batch["attention_mask"].bool()
-        own, theirs = (model.eval()(**batch).last_hidden_state[mask] for model in (student, wanted))
-        errors.append((own - theirs).square().mean())
-    return torch.stack(errors).mean().item()
 
 
 @pytest.mark.parametrize("norm_scheme", ["post", "pre"])

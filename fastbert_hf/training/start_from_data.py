@@ -108,7 +108,6 @@ def initialize_from_data(
     rows, targets = _sample(layer, x, targets, max_rows, draw)
     if dense is not None:
         dense = _checked(layer, dense, rows)
-        beside = None if targets is None else _beside(dense, rows, targets, layer) / layer.trees
     _reset(layer, draw)
     if layer.depth:
         components = _components(rows, torch.arange(len(rows), device=rows.device)) if layer.trees > 1 else None
@@ -119,7 +118,7 @@ def initialize_from_data(
             basis = components[:, part :: layer.trees]  # (H, about H / P)
         leaves, margins = _route(layer, tree, rows, basis)
         if dense is not None:
-            _fill_leaves(layer, tree, rows, leaves, margins.sigmoid(), dense, beside)
+            _fill_leaves(layer, tree, rows, leaves, margins.sigmoid(), dense, targets)
 
 
 def initialize_model_from_data(
@@ -216,12 +215,6 @@ def _checked(layer: LeafFeedForward, dense: DenseWeights, rows: Tensor) -> Dense
         if getattr(layer, name) is None:
             raise ValueError(f"dense has {name} and the layer has no biases; expected a layer made with bias=True")
     return DenseWeights(*(None if tensor is None else tensor.to(rows) for tensor in dense))
-
-
-def _beside(dense: DenseWeights, rows: Tensor, targets: Tensor, layer: LeafFeedForward) -> Tensor:
-    """(S, H_out), what the targets are beside what the dense layer puts out."""
-    parts = zip(rows.split(CHUNK), targets.split(CHUNK), strict=True)
-    return torch.cat([wanted - dense.forward(part, layer.activation) for part, wanted in parts])
 
 
 def _reset(layer: LeafFeedForward, draw: torch.Generator) -> None:
@@ -327,21 +320,23 @@ def _fill_leaves(
     leaves: list[_Node],
     confidence: Tensor,
     dense: DenseWeights,
-    beside: Tensor | None,
+    targets: Tensor | None,
 ) -> None:
     """Set the leaves of one tree from its part of the dense layer's neurons.
 
     Args:
-        rows: (S, H). confidence: (S,). beside: (S, H_out), what the tree should put out beside its part, or None.
+        rows: (S, H). confidence: (S,). targets: (S, H_out), of all trees together; None: what `dense` puts out.
     """
     order = torch.arange(tree, max(tree, len(dense.weight_in)), layer.trees, device=rows.device)
     bias_out = None if dense.bias_out is None else dense.bias_out / layer.trees
     bias_in = None if dense.bias_in is None else dense.bias_in[order]
     part = DenseWeights(dense.weight_in[order], bias_in, dense.weight_out[:, order], bias_out)
+    if targets is not None and layer.trees > 1:
+        targets = _share(layer, rows, dense, part, targets)
     width = layer.leaf_width
     for number, leaf in enumerate(leaves):
         place = tree * len(leaves) + number
-        chosen, weight_out, constant = _chosen_neurons(layer, rows, leaf.used, confidence, part, beside)
+        chosen, weight_out, constant = _chosen_neurons(layer, rows, leaf.used, confidence, part, targets)
         neurons = slice(place * width, place * width + len(chosen))
         layer.weight_in[neurons] = part.weight_in[chosen].to(layer.weight_in.dtype)
         layer.weight_out[neurons] = weight_out.to(layer.weight_out.dtype)
@@ -352,13 +347,22 @@ def _fill_leaves(
             layer.bias_out[place] = constant.to(layer.bias_out.dtype)
 
 
+def _share(layer: LeafFeedForward, rows: Tensor, dense: DenseWeights, part: DenseWeights, targets: Tensor) -> Tensor:
+    """(S, H_out), what one of P trees should put out: its part of the dense layer, and a P-th of what that lacks."""
+    shares = []
+    for x, wanted in zip(rows.split(CHUNK), targets.split(CHUNK), strict=True):
+        lacking = wanted - dense.forward(x, layer.activation)
+        shares.append(part.forward(x, layer.activation) + lacking / layer.trees)
+    return torch.cat(shares)
+
+
 def _chosen_neurons(
     layer: LeafFeedForward,
     rows: Tensor,
     used: Tensor,
     confidence: Tensor,
     dense: DenseWeights,
-    beside: Tensor | None,
+    targets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The neurons (C,) of a leaf, their output weights (C, H_out), and its output bias (H_out,)."""
     size = dense.weight_out.square().sum(0)
@@ -368,9 +372,10 @@ def _chosen_neurons(
     moments = Moments(len(known), len(dense.weight_out), rows)
     for part in used.split(CHUNK):
         hidden, factor = dense.hidden(rows[part], layer.activation), confidence[part]
-        outputs = nn.functional.linear(hidden, dense.weight_out, dense.bias_out)
-        if beside is not None:
-            outputs += beside[part]
+        if targets is None:
+            outputs = nn.functional.linear(hidden, dense.weight_out, dense.bias_out)
+        else:
+            outputs = targets[part]
         moments.add(hidden[:, known] * factor.unsqueeze(1), outputs, factor)
     if layer.bias_out is not None:
         moments.centre()

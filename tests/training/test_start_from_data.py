@@ -102,7 +102,7 @@ def test_more_trees_than_neurons_use_each_neuron_once():
 
 
 def test_leaves_fit_better_than_random_ones_and_better_with_their_own_neurons():
-    x, dense = clustered(4000), dense_layer(neurons=256)
+    x, dense = clustered(16000), dense_layer(neurons=256)
     layer = LeafFeedForward(12, 6, depth=3, leaf_width=16)
     initialize_from_data(layer, x, dense)
     chosen = error(layer, dense, x)

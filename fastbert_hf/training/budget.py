@@ -34,6 +34,18 @@ def triangle(fraction: float) -> float:
     return max(0.0, min(0.25 + fraction, 4.0 - 4.0 * fraction))
 
 
+def falling(fraction: float) -> float:
+    """Learning rate, in parts of its peak, of a model that begins near its goal: 1 at 0.05, 0 at the end.
+
+    Args:
+        fraction: spent part of the budget, 0 to 1.
+
+    Returns:
+        min(0.1 + 18 fraction, (1 - fraction) / 0.95), never below zero.
+    """
+    return max(0.0, min(0.1 + 18.0 * fraction, (1.0 - fraction) / 0.95))
+
+
 def ramped_microbatches(fraction: float, full: int, ramp_fraction: float, processes: int = 1) -> int:
     """Microbatches of the next optimiser step while the batch grows linearly to its full size.
 

@@ -36,7 +36,7 @@ class BudgetTrainer(Trainer):
         clock: the budget; its state goes on from a checkpoint's.
         batch_size: sequences of a full optimiser step, over all processes.
         ramp_fraction: part of the budget over which the batch grows to that size.
-        follows_clock: take the rate from `triangle`; otherwise from `args.lr_scheduler_type`, which counts steps.
+        follows_clock: take the rate from `rate_at`; otherwise from `args.lr_scheduler_type`, which counts steps.
         evaluations: evaluations spread evenly over the budget, beside those of `args.eval_steps`.
         save_minutes: also save a checkpoint when this much time has passed since the last one; 0 for never.
         max_bad_steps: steps skipped in a row before weights and optimiser go back to the last good checkpoint.
@@ -48,6 +48,8 @@ class BudgetTrainer(Trainer):
         ValueError: this version of transformers no longer uses what is overridden here.
     """
 
+    # learning rate, in parts of its peak, at a fraction of the budget
+    rate_at = staticmethod(triangle)
     # what `check_hooks` looks for: a method that Trainer no longer calls would be left out without a word
     HOOKS = (
         "get_train_dataloader", "get_batch_samples", "training_step", "create_scheduler",
@@ -236,7 +238,7 @@ class BudgetTrainer(Trainer):
         """A rate that follows the clock, or the library's own schedule."""
         if not self.follows_clock:
             return super().create_scheduler(num_training_steps, optimizer)
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda _: triangle(self.clock.fraction))
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda _: self.rate_at(self.clock.fraction))
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -244,7 +246,7 @@ class BudgetTrainer(Trainer):
         """Load them; the rate that they hold is that of the checkpoint's budget, and this run's may be another."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.follows_clock and checkpoint is not None:
-            rates = [peak * triangle(self.clock.fraction) for peak in self.lr_scheduler.base_lrs]
+            rates = [peak * self.rate_at(self.clock.fraction) for peak in self.lr_scheduler.base_lrs]
             for group, rate in zip(self.optimizer.param_groups, rates):
                 group["lr"] = rate
             self.lr_scheduler._last_lr = rates  # what the log shows

@@ -5,13 +5,19 @@ import itertools
 import pytest
 
 from fastbert_hf.data.order import MicrobatchOrder
-from fastbert_hf.training.budget import BudgetClock, ramped_microbatches, triangle
+from fastbert_hf.training.budget import BudgetClock, falling, ramped_microbatches, triangle
 
 
 def test_the_rate_is_the_published_triangle():
     for fraction, rate in [(0.0, 0.25), (0.5, 0.75), (0.75, 1.0), (0.9, 0.4), (1.0, 0.0)]:
         assert triangle(fraction) == pytest.approx(rate)
     assert triangle(1.2) == 0.0
+
+
+def test_the_rate_of_a_good_start_falls_after_a_short_rise():
+    for fraction, rate in [(0.0, 0.1), (0.025, 0.55), (0.05, 1.0), (0.525, 0.5), (1.0, 0.0)]:
+        assert falling(fraction) == pytest.approx(rate)
+    assert falling(1.2) == 0.0
 
 
 def test_the_batch_grows_to_its_full_size_at_the_end_of_the_ramp():

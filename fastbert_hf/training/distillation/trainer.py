@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers.modeling_outputs import ModelOutput
 
+from fastbert_hf.training.budget import falling
 from fastbert_hf.training.budget_trainer import BudgetTrainer
 from fastbert_hf.training.distillation.objective import Embed, embedding_parts, head_parts, hidden_error, label_loss
 from fastbert_hf.training.distillation.student import Student
@@ -35,6 +36,8 @@ class DistillationTrainer(BudgetTrainer):
         teacher_dtype: of the teacher's products while the student trains. What is measured is measured in float32.
         **kwargs: for `BudgetTrainer`; the items of its data sets are batches.
     """
+
+    rate_at = staticmethod(falling)  # the student begins near its teacher
 
     def __init__(
         self,

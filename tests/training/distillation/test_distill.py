@@ -34,7 +34,8 @@ def test_a_bert_becomes_a_faster_model_and_a_page_says_what_it_lost(tiny, bert, 
     assert type(model) is FastBertModel
     assert all(isinstance(layer.ffn, LeafFeedForward) for layer in model.layers)
     assert (model.config.fff_depth, model.config.fff_leaf_width) == (2, 6)
-    assert model.config.hidden_dropout_prob == 0.1  # it was off in training, and is there for fine-tuning
+    off = [model.config.hidden_dropout_prob, model.config.attention_probs_dropout_prob]
+    assert off == [0.0, 0.0] and not [part for part in model.train().modules() if getattr(part, "p", 0.0)]
     text = ["the river flows under grass", "a stone"]
     ours, theirs = (AutoTokenizer.from_pretrained(folder)(text) for folder in (tmp_path, bert))
     assert ours["input_ids"] == theirs["input_ids"]

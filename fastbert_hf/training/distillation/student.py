@@ -63,8 +63,8 @@ def form_of(fff_trees: int, fff_depth: int, fff_leaf_width: int) -> str:
     return f"leaf:{fff_trees}x{fff_depth}x{fff_leaf_width}"
 
 
-# Students learn without dropout, and cannot bear it afterwards: 0.1 of it takes the hidden-state error of leaf trees from
-# 0.28 to 0.69, and that of their teacher from 0 to 0.24 (docs/log.md). So they have none when they are fine-tuned.
+# Students learn without dropout, and cannot bear it afterwards: 0.1 of it takes the hidden-state error of leaf trees
+# from 0.28 to 0.69, and that of their teacher from 0 to 0.24 (docs/log.md). So they have none when they are fine-tuned.
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "embedding_dropout_prob": None}
 
 

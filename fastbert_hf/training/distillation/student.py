@@ -64,7 +64,7 @@ def form_of(fff_trees: int, fff_depth: int, fff_leaf_width: int) -> str:
 
 
 # Students learn without dropout, and cannot bear it afterwards: 0.1 of it takes the hidden-state error of leaf trees
-# from 0.28 to 0.69, and that of their teacher from 0 to 0.24 (docs/log.md). So they have none when they are fine-tuned.
+# from 0.28 to 0.69, and that of their teacher from 0 to 0.24 (docs/log.md). So they have none in fine-tuning.
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "embedding_dropout_prob": None}
 
 

@@ -1,6 +1,6 @@
 """Distillation: a model and text in, a folder with a faster model and what it lost out.
 
-    teacher, text -> layers fitted one by one (fitted/) -> trained end to end (checkpoint-N/) -> refitted: the folder
+    teacher, text -> layers fitted one by one (fitted/) -> trained end to end (checkpoint-N/) -> the folder
 
 Each stage leaves a model that loads, and a run that was interrupted goes on where it was.
 """

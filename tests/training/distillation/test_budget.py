@@ -40,7 +40,7 @@ def test_the_layers_get_a_share_of_the_budget_over_all_parts_of_a_run(tiny, bert
     summary = distill(bert, tiny / "corpus.txt", tmp_path, **options)
     share = 60 * FIT_SHARE
     assert given == pytest.approx([share / 2, share - 4, share - 4])
-    assert summary["fit_seconds"] == 8 and summary["steps"] == math.ceil((60 * (1 - REFIT_SHARE) - 8) / 10)
+    assert summary["fit_seconds"] == 8 and summary["steps"] == math.ceil((60 - 8) / 10)
 
 
 def test_layers_that_take_too_long_leave_the_rest_to_training(tiny, bert, tmp_path, monkeypatch):
@@ -53,7 +53,13 @@ def test_layers_that_take_too_long_leave_the_rest_to_training(tiny, bert, tmp_pa
     make_layer = student_fit.make_layer
     monkeypatch.setattr(student_fit, "make_layer", make)
     summary = distill(bert, tiny / "corpus.txt", tmp_path, max_steps=None, budget_minutes=1.0)
-    assert summary["fit_seconds"] == 40 and summary["steps"] == math.ceil((60 * (1 - REFIT_SHARE) - 40) / 10)
+    assert summary["fit_seconds"] == 40 and summary["steps"] == 2
+
+
+def test_solving_the_output_weights_has_a_share_of_its_own(tiny, bert, tmp_path, monkeypatch):
+    Clock(monkeypatch)
+    summary = distill(bert, tiny / "corpus.txt", tmp_path, max_steps=None, budget_minutes=2.0, refit=True)
+    assert summary["steps"] == math.ceil(120 * (1 - REFIT_SHARE) / 10) < 12
 
 
 def test_batches_are_taken_until_the_time_is_over(monkeypatch):

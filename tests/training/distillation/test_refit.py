@@ -1,5 +1,7 @@
 """Output weights solved once more at the end of a distillation: by least squares, and kept where it helps."""
 
+import re
+
 import pytest
 import torch
 from transformers import AutoModel
@@ -70,8 +72,8 @@ def test_fewer_layers_follow_those_of_the_teacher(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("better", [True, False])
-def test_solved_output_weights_are_kept_if_they_are_better(tiny, bert, tmp_path, monkeypatch, better):
-    plain = distill(bert, tiny / "corpus.txt", tmp_path / "plain", refit=False)
+def test_solved_output_weights_are_kept_if_they_are_better(tiny, bert, tmp_path, monkeypatch, capsys, better):
+    plain = distill(bert, tiny / "corpus.txt", tmp_path / "plain")
     assert "refit" not in plain
 
     def spoil(student, *arguments, **keywords):
@@ -81,7 +83,9 @@ def test_solved_output_weights_are_kept_if_they_are_better(tiny, bert, tmp_path,
                 student.encoder.layers[1].ffn.weight_out.mul_(3)
 
     monkeypatch.setattr(run, "refit_student", spoil)
-    summary = distill(bert, tiny / "corpus.txt", tmp_path / "refit")
+    summary = distill(bert, tiny / "corpus.txt", tmp_path / "refit", refit=True)
+    solved = r"output weights solved in \d+ s: held-out loss \d+\.\d+ before, \d+\.\d+ after"
+    assert re.search(solved + ("$" if better else "; left as they were$"), capsys.readouterr().out, re.MULTILINE)
     assert summary["refit"] is better and summary["trained_hidden_error"] == plain["eval_hidden_error"]
     assert (summary["eval_hidden_error"] < plain["eval_hidden_error"]) is better
     models = [AutoModel.from_pretrained(tmp_path / name).state_dict() for name in ("plain", "refit")]

@@ -68,7 +68,7 @@ def lacking_rows(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _kept(batches: Iterable[_Batch], read: list[Mapping[str, Tensor]]) -> Iterator[Mapping[str, Tensor]]:
+def _kept(batches: Iterable[_Batch], read: list[_Batch]) -> Iterator[_Batch]:
     """The batches, noted in a list as they are taken."""
     for batch in batches:
         read.append(batch)

@@ -5,21 +5,20 @@ all text at once (ridge regression towards what they are). Layers follow one ano
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fastbert_hf.encoder_fastbert import FastBertDenseFeedForward
-from fastbert_hf.fff_reference import ACTIVATIONS
 from fastbert_hf.leaf_layer import LeafFeedForward
 from fastbert_hf.leaf_reference import leaves_per_tree
 from fastbert_hf.modeling_fastbert import FastBertModel
 from fastbert_hf.training.distillation.lacking_rows import lacking_rows
 from fastbert_hf.training.distillation.student import Student
 from fastbert_hf.training.neuron_choice import Moments, output_weights
-from fastbert_hf.training.start_from_data import CHUNK
+from fastbert_hf.training.start_from_data import CHUNK, DenseWeights
 
 
 def can_be_refitted(ffn: nn.Module) -> bool:
@@ -52,25 +51,21 @@ def refit_student(
     rows = lacking_rows(encoder, teacher, batches, Path(folder), found, **which)
     for ffn, (x, targets) in zip(found.values(), rows, strict=True):
         solved = copy.deepcopy(ffn).cpu()
-        refit_layer(solved, x, targets)
+        refit_layer(solved, x, targets, encoder.config.hidden_act)
         ffn.load_state_dict(solved.state_dict())
 
 
 @torch.no_grad()
-def refit_layer(ffn: nn.Module, x: Tensor, targets: Tensor) -> None:
+def refit_layer(ffn: nn.Module, x: Tensor, targets: Tensor, activation: str) -> None:
     """Solve for the output weights and biases of a layer on the CPU, near what they are; the rest of it stays.
 
     Args:
         ffn: for which `can_be_refitted` holds. x: (N, H) rows. targets: (N, H_out), what it should put out.
+        activation: of its neurons.
     """
     if isinstance(ffn, FastBertDenseFeedForward):
-        hidden = _Hidden(ffn.dense_in.weight, ffn.dense_in.bias, ffn.activation)
-        every, one = torch.arange(len(x)), torch.ones(len(x))
-        weight, bias = ffn.dense_out.weight, ffn.dense_out.bias
-        solved, constant = _solved(hidden, x, targets, every, one, weight.T, centre=bias is not None)
-        weight.copy_(solved.T)
-        if bias is not None:
-            bias.copy_(constant)
+        every = torch.arange(len(x))
+        _solve(DenseWeights.of(ffn.dense_in, ffn.dense_out), activation, x, targets, every, torch.ones(len(x)))
         return
     leaves, confidence = ffn.route(x)  # (N, P)
     missing = targets - torch.cat([ffn(part) for part in x.split(CHUNK)])
@@ -78,53 +73,37 @@ def refit_layer(ffn: nn.Module, x: Tensor, targets: Tensor) -> None:
         for leaf in range(leaves_per_tree(ffn.depth)):
             rows = (leaves[:, tree] == leaf).nonzero()[:, 0]
             if len(rows) > 1:
-                place = tree * leaves_per_tree(ffn.depth) + leaf
-                _refit_leaf(ffn, place, x, missing, rows, confidence[:, tree])
+                neurons = _neurons_of(ffn, tree * leaves_per_tree(ffn.depth) + leaf)
+                _add(missing, 1, neurons, activation, x, rows, confidence[:, tree])  # what the leaf should put out
+                _solve(neurons, activation, x, missing, rows, confidence[:, tree])
+                _add(missing, -1, neurons, activation, x, rows, confidence[:, tree])
 
 
-def _refit_leaf(
-    ffn: LeafFeedForward, place: int, x: Tensor, missing: Tensor, rows: Tensor, confidence: Tensor
+def _neurons_of(ffn: LeafFeedForward, leaf: int) -> DenseWeights:
+    """A leaf, counted over all trees, as the dense layer that it is; its tensors are the layer's own."""
+    neurons = slice(leaf * ffn.leaf_width, (leaf + 1) * ffn.leaf_width)
+    biases = [None, None] if ffn.bias_in is None else [ffn.bias_in[neurons], ffn.bias_out[leaf]]
+    return DenseWeights(ffn.weight_in[neurons], biases[0], ffn.weight_out[neurons].T, biases[1])
+
+
+def _add(
+    sums: Tensor, sign: int, neurons: DenseWeights, activation: str, x: Tensor, rows: Tensor, factor: Tensor
 ) -> None:
-    """Solve for one leaf; `missing` (N, H_out), what the layer lacks, is kept up to date."""
-    neurons = slice(place * ffn.leaf_width, (place + 1) * ffn.leaf_width)
-    bias_in = None if ffn.bias_in is None else ffn.bias_in[neurons]
-    hidden = _Hidden(ffn.weight_in[neurons], bias_in, ACTIVATIONS[ffn.activation])
-    weight, bias = ffn.weight_out[neurons], None if ffn.bias_out is None else ffn.bias_out[place]
-
-    def own() -> Iterator[tuple[Tensor, Tensor]]:
-        for part in rows.split(CHUNK):
-            factor = confidence[part].unsqueeze(1)
-            yield part, factor * (hidden(x[part]) @ weight + (0.0 if bias is None else bias))
-
-    for part, outputs in own():
-        missing[part] += outputs  # what the leaf should put out
-    solved, constant = _solved(hidden, x, missing, rows, confidence, weight, centre=bias is not None)
-    weight.copy_(solved)
-    if bias is not None:
-        bias.copy_(constant)
-    for part, outputs in own():
-        missing[part] -= outputs
-
-
-class _Hidden:
-    """The activations of some neurons: (n, H) -> (n, w)."""
-
-    def __init__(self, weight_in: Tensor, bias_in: Tensor | None, activation):
-        self.weight_in, self.bias_in, self.activation = weight_in, bias_in, activation
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.activation(nn.functional.linear(x, self.weight_in, self.bias_in))
-
-
-def _solved(
-    hidden: _Hidden, x: Tensor, targets: Tensor, rows: Tensor, factor: Tensor, start: Tensor, centre: bool
-) -> tuple[Tensor, Tensor]:
-    """Output weights (w, H_out) near `start` and the constant (H_out,), for some rows (n,) of x and targets."""
-    moments = Moments(len(hidden.weight_in), targets.shape[1], targets)
+    """Add to rows (n,) of sums (N, H_out) what the neurons put out for them, times a sign and factors (N,)."""
     for part in rows.split(CHUNK):
-        moments.add(hidden(x[part]) * factor[part].unsqueeze(1), targets[part], factor[part])
-    if centre:
+        sums[part] += sign * factor[part].unsqueeze(1) * neurons.forward(x[part], activation)
+
+
+def _solve(neurons: DenseWeights, activation: str, x: Tensor, targets: Tensor, rows: Tensor, factor: Tensor) -> None:
+    """Set output weights, near what they are, and output bias for some rows (n,) of x and targets; factor (N,)."""
+    moments = Moments(len(neurons.weight_in), targets.shape[1], targets)
+    for part in rows.split(CHUNK):
+        hidden = neurons.hidden(x[part], activation) * factor[part].unsqueeze(1)
+        moments.add(hidden, targets[part], factor[part])
+    if neurons.bias_out is not None:
         moments.centre()
-    every = torch.arange(len(hidden.weight_in))
-    weights = output_weights(moments, every, start)
-    return weights, moments.constant_for(every, weights)
+    every = torch.arange(len(neurons.weight_in))
+    weights = output_weights(moments, every, neurons.weight_out.T)
+    neurons.weight_out.copy_(weights.T)
+    if neurons.bias_out is not None:
+        neurons.bias_out.copy_(moments.constant_for(every, weights))

@@ -42,7 +42,7 @@ def test_solved_weights_are_those_of_least_squares(monkeypatch):
     draw = torch.Generator().manual_seed(3)
     x, targets = torch.randn(900, 8, generator=draw), torch.randn(900, 5, generator=draw)
     layer = LeafFeedForward(8, 5, depth=1, leaf_width=4, initializer_range=0.5)
-    refit_layer(layer, x, targets)
+    refit_layer(layer, x, targets, "gelu")
     leaf, confidence = layer.route(x)
     for number in range(2):
         rows, neurons = leaf[:, 0] == number, slice(4 * number, 4 * number + 4)

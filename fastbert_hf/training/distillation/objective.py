@@ -28,6 +28,16 @@ WORDS = {
     "score_error": "squared error of the score",
     "label_loss": "loss on the labels",
 }
+# What each part counts in the loss. Hidden states say something about every token and dimension, an embedding one
+# thing about a text: where the embedding counted ten times as much, both ended further away (docs/log.md).
+WEIGHTS = {
+    "hidden_error": 1.0,
+    "cosine_distance": 0.1,
+    "similarity_error": 0.1,
+    "divergence": 1.0,
+    "score_error": 1.0,
+    "label_loss": 0.0,
+}
 
 Embed = Callable[[Tensor, Tensor], Tensor]  # (B, T, H) and the mask (B, T) -> (B, E)
 

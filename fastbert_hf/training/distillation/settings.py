@@ -11,6 +11,7 @@ from fastbert_hf.data.tokenizer import tokenizer_digest
 from fastbert_hf.files import file_digest
 from fastbert_hf.training.budget import falling
 from fastbert_hf.training.distillation.layer_fit import FitSettings
+from fastbert_hf.training.distillation.objective import WEIGHTS
 from fastbert_hf.training.distillation.student import check_student_form, form_of
 from fastbert_hf.training.distillation.teacher import Teacher, embedder_digest, fast_dtype
 from fastbert_hf.training.distillation.texts import check_text_files
@@ -184,7 +185,7 @@ def run_provenance(options: DistillationArguments, args: TrainingArguments, teac
     settings = training_settings(args, REPLACED)
     settings |= {name: value for name, value in vars(options).items() if name not in NOT_COMPARED}
     settings |= {"form": options.student_form, "text": [file_digest(file) for file in options.train_file]}
-    settings["schedule"] = falling.__name__
+    settings |= {"schedule": falling.__name__, "loss_weights": WEIGHTS}
     settings |= {"tokenizer": tokenizer_digest(teacher.tokenizer)}
     settings["model"] = weights_identity(str(teacher.folder), teacher.model.config)
     settings["embedder"] = embedder_digest(teacher.folder)

@@ -11,18 +11,16 @@ from transformers.modeling_outputs import ModelOutput
 
 from fastbert_hf.training.budget import falling
 from fastbert_hf.training.budget_trainer import BudgetTrainer
-from fastbert_hf.training.distillation.objective import Embed, embedding_parts, head_parts, hidden_error, label_loss
+from fastbert_hf.training.distillation.objective import (
+    WEIGHTS,
+    Embed,
+    embedding_parts,
+    head_parts,
+    hidden_error,
+    label_loss,
+)
 from fastbert_hf.training.distillation.student import Student
 from fastbert_hf.training.distillation.texts import NOT_INPUTS, as_device, first_item
-
-WEIGHTS = {
-    "hidden_error": 1.0,
-    "cosine_distance": 10.0,
-    "similarity_error": 10.0,
-    "divergence": 1.0,
-    "score_error": 1.0,
-    "label_loss": 0.0,
-}
 
 
 class DistillationTrainer(BudgetTrainer):

@@ -8,6 +8,7 @@ import weakref
 import pytest
 
 from fastbert_hf.benchmarks import distilled
+from fastbert_hf.training.distillation.objective import WEIGHTS
 from fastbert_hf.training.distillation.teacher import load_teacher
 from tests.training.distillation.runs import distill
 
@@ -70,6 +71,13 @@ def test_a_mistake_removes_nothing(tiny, bert, tmp_path):
         with pytest.raises(ValueError, match=r"absent|different texts"):
             distill(bert, tiny / "corpus.txt", tmp_path / "run", **mistake, overwrite_output_dir=True)
     assert sorted(path for path in (tmp_path / "run").rglob("*") if path.is_file()) == before
+
+
+def test_a_run_does_not_go_on_with_another_loss(tiny, bert, tmp_path, monkeypatch):
+    distill(bert, tiny / "corpus.txt", tmp_path / "run", max_steps=1)
+    monkeypatch.setitem(WEIGHTS, "hidden_error", 2.0)
+    with pytest.raises(ValueError, match="made by another run: loss_weights is"):
+        distill(bert, tiny / "corpus.txt", tmp_path / "run", max_steps=2)
 
 
 def test_a_new_run_in_place_of_another_takes_nothing_over(tiny, bert, embedder, tmp_path):

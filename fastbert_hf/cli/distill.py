@@ -23,7 +23,7 @@ from fastbert_hf.training.distillation.settings import DistillationArguments, ea
 from fastbert_hf.training.distillation.teacher import Teacher, load_teacher
 from fastbert_hf.training.publishing import write_model_card
 
-DEFAULTS = {"learning_rate": 3e-4, "logging_steps": 50, "save_total_limit": 1, "report_to": ["none"]}
+DEFAULTS = {"learning_rate": 6e-4, "logging_steps": 50, "save_total_limit": 1, "report_to": ["none"]}
 
 
 @dataclass

@@ -14,7 +14,7 @@ from fastbert_hf.benchmarks.plots import plot_quality_against_latency
 from fastbert_hf.checkpoint_fastbert import read_json
 from fastbert_hf.extras import require_extra
 from fastbert_hf.files import check_output_folder, write_text
-from fastbert_hf.hub.card import DISTILLED_FROM, SUMMARY
+from fastbert_hf.hub.card import DISTILLED_FROM, SUMMARY, public_name
 from fastbert_hf.training.distillation.student import encoder_of
 from fastbert_hf.training.distillation.teacher import load_teacher
 
@@ -75,7 +75,8 @@ def compare_distilled(folders: list[str], output_dir: str, rounds: int = 15) -> 
     models |= {form: encoder_of(AutoModel.from_pretrained(found[0]["folder"])) for form, found in runs.items()}
     cases = [case for case in CASES if case[1] <= teacher.max_seq_length]
     milliseconds = {f"{case[0]} x {case[1]}": speed(models, case, rounds=rounds) for case in cases}
-    results = {"machine": processor_name(), "milliseconds": milliseconds, "runs": runs}
+    public = {form: [_public(run) for run in found] for form, found in runs.items()}
+    results = {"machine": processor_name(), "milliseconds": milliseconds, "runs": public}
     write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
     if files:
         scores = {form: [run["scores"][files[0]]["student"] for run in found] for form, found in runs.items()}
@@ -130,6 +131,13 @@ def _values(values: list[float], digits: int) -> str:
         return ""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ({', '.join(f'{value:.{digits}f}' for value in values)})"
+
+
+def _public(run: dict[str, Any]) -> dict[str, Any]:
+    """A summary that says nothing of where this machine keeps its files."""
+    scores = {_short(file): found for file, found in run["scores"].items()}
+    names = {DISTILLED_FROM: public_name(run[DISTILLED_FROM]), "folder": Path(run["folder"]).name}
+    return {**run, **names, "scores": scores}
 
 
 def _short(file: str) -> str:

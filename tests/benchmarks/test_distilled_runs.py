@@ -70,7 +70,9 @@ def test_what_draws_the_picture_is_asked_for_before_the_work(tmp_path, monkeypat
 def test_a_comparison_measures_every_form_once_and_writes_table_numbers_and_picture(tmp_path, monkeypatch):
     folders = []
     for number, width in enumerate((1, 8, 8)):
-        folders.append(write(tmp_path / str(number), summary(f"dense:{width}", 0.7 + 0.1 * number)))
+        content = summary(f"dense:{width}", 0.7 + 0.1 * number, distilled_from=str(tmp_path / "teacher"))
+        content["scores"] = {str(tmp_path / "data" / file): found for file, found in content["scores"].items()}
+        folders.append(write(tmp_path / str(number), content))
         torch.manual_seed(0)
         sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
         model = FastBertModel(FastBertConfig(**sizes, ffn_type="dense", intermediate_size=width))
@@ -87,4 +89,8 @@ def test_a_comparison_measures_every_form_once_and_writes_table_numbers_and_pict
     found = json.loads((out / "comparison.json").read_text())
     assert set(found["milliseconds"]) == {"1 x 16", "32 x 64"}  # the teacher reads 64 tokens
     assert all(set(times) == {"teacher", "dense:1", "dense:8"} for times in found["milliseconds"].values())
+    assert str(tmp_path) not in (out / "comparison.json").read_text()  # where they lie concerns nobody else
+    dense = found["runs"]["dense:8"]
+    assert [run["folder"] for run in dense] == ["1", "2"] and dense[0]["distilled_from"] == "teacher"
+    assert list(dense[0]["scores"]) == ["stsb/validation.jsonl"]
     assert "| dense:8 | 4 of 8 | 2 |" in table and "85.00 (80.00, 90.00)" in table

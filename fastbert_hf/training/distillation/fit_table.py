@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastbert_hf.files import check_output_folder, write_text
+from fastbert_hf.hub.card import public_name
 from fastbert_hf.training.activations import sample_inputs
 from fastbert_hf.training.distillation.layer_fit import (
     FitSettings,
@@ -139,7 +140,8 @@ def _fit_all(options: LayerFitArguments, dense: DenseWeights, activation: str, x
         }
         results.append(result)
         print("  ".join(f"{name} {value}" for name, value in result.items()), flush=True)
-        content = {"model": options.model_name_or_path, "layer": options.layer, **about, "results": results}
+        about_model = {"model": public_name(options.model_name_or_path), "layer": options.layer}
+        content = {**about_model, **about, "results": results}
         write_text(Path(options.output_dir) / RESULTS, json.dumps(content, indent=2) + "\n")
         write_text(Path(options.output_dir) / TABLE, format_table(results) + "\n")
     return results

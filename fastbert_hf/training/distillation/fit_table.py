@@ -123,7 +123,8 @@ def fit_table(options: LayerFitArguments) -> list[dict[str, Any]]:
 def _fit_all(options: LayerFitArguments, dense: DenseWeights, activation: str, x: Tensor, other: Tensor):
     dense = standardized(dense, x, activation)
     targets, other_targets = outputs_of(dense, x, activation), outputs_of(dense, other, activation)
-    about = {"rows": len(x), "other_rows": len(other), **dataclasses.asdict(options.settings)}
+    about = {"model": public_name(options.model_name_or_path), "layer": options.layer}
+    about |= {"rows": len(x), "other_rows": len(other), **dataclasses.asdict(options.settings)}
     results = []
     for form in options.forms:
         began = time.perf_counter()
@@ -140,8 +141,7 @@ def _fit_all(options: LayerFitArguments, dense: DenseWeights, activation: str, x
         }
         results.append(result)
         print("  ".join(f"{name} {value}" for name, value in result.items()), flush=True)
-        about_model = {"model": public_name(options.model_name_or_path), "layer": options.layer}
-        content = {**about_model, **about, "results": results}
+        content = {**about, "results": results}
         write_text(Path(options.output_dir) / RESULTS, json.dumps(content, indent=2) + "\n")
         write_text(Path(options.output_dir) / TABLE, format_table(results) + "\n")
     return results

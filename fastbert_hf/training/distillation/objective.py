@@ -28,8 +28,8 @@ WORDS = {
     "score_error": "squared error of the score",
     "label_loss": "loss on the labels",
 }
-# What each part counts in the loss. With ten times the weight of the hidden states for the embedding, both ended further
-# from the teacher's in students of MiniLM (docs/log.md).
+# What each part counts in the loss. Where the embedding had ten times the weight of the hidden states, both ended
+# further from the teacher's in students of MiniLM (docs/log.md).
 WEIGHTS = {
     "hidden_error": 1.0,
     "cosine_distance": 0.1,

@@ -3,6 +3,7 @@
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastbert_hf.checkpoint_fastbert import read_json
 from fastbert_hf.extras import require_extra
 from fastbert_hf.files import check_output_folder, write_text
 from fastbert_hf.hub.card import DISTILLED_FROM, SUMMARY, public_name
+from fastbert_hf.training.distillation.report import short_names
 from fastbert_hf.training.distillation.student import encoder_of
 from fastbert_hf.training.distillation.teacher import load_teacher
 
@@ -81,7 +83,7 @@ def compare_distilled(folders: list[str], output_dir: str, rounds: int = 15) -> 
     if files:
         scores = {form: [run["scores"][files[0]]["student"] for run in found] for form, found in runs.items()}
         scores["teacher"] = [some["scores"][files[0]]["teacher"]]
-        plot_quality_against_latency(scores, milliseconds, _short(files[0]), folder / PICTURE)
+        plot_quality_against_latency(scores, milliseconds, _names(files)[0], folder / PICTURE)
     table = format_runs(runs, milliseconds)
     write_text(folder / TABLE, table + "\n")
     return table
@@ -95,8 +97,8 @@ def format_runs(runs: dict[str, list[dict[str, Any]]], milliseconds: dict[str, d
     """
     files = list(next(iter(runs.values()))[0]["scores"])
     head = ["form", "neurons active", "seeds", *(f"{case}: ms, over the teacher" for case in milliseconds)]
-    for file in files:
-        head += [_short(file), "of the gap"]
+    for name in _names(files):
+        head += [name, "of the gap"]
     head += ["hidden-state error", "1 - cosine"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     teacher = next(iter(runs.values()))[0]
@@ -133,13 +135,13 @@ def _values(values: list[float], digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ({', '.join(f'{value:.{digits}f}' for value in values)})"
 
 
+def _names(files: Collection[str]) -> list[str]:
+    """Labelled files by the last parts of their paths, two or more: GLUE's are all named by their split."""
+    return short_names(files, least=2)
+
+
 def _public(run: dict[str, Any]) -> dict[str, Any]:
     """A summary that says nothing of where this machine keeps its files."""
-    scores = {_short(file): found for file, found in run["scores"].items()}
+    scores = dict(zip(_names(run["scores"]), run["scores"].values()))
     names = {DISTILLED_FROM: public_name(run[DISTILLED_FROM]), "folder": Path(run["folder"]).name}
     return {**run, **names, "scores": scores}
-
-
-def _short(file: str) -> str:
-    """The last two parts of a path: GLUE's files are all named by their split."""
-    return "/".join(Path(file).parts[-2:])

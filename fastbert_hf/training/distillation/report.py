@@ -14,10 +14,10 @@ NOT_TESTED = (
 )
 
 
-def short_names(files: Collection[str]) -> list[str]:
-    """As many of the last parts of files' paths as tell them apart: one reads the page on other machines."""
+def short_names(files: Collection[str], least: int = 1) -> list[str]:
+    """The last parts of files' paths, as many as tell them apart: a page is read on other machines, too."""
     paths = [Path(file).absolute().parts for file in files]
-    for count in range(1, max(map(len, paths), default=0) + 1):
+    for count in range(least, max(map(len, paths), default=0) + 1):
         names = ["/".join(parts[-count:]) for parts in paths]
         if len(set(names)) == len(set(paths)):
             return names

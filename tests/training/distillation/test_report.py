@@ -18,6 +18,12 @@ def test_files_have_the_shortest_names_that_tell_them_apart(files, names):
     assert short_names(files) == names
 
 
+def test_files_can_have_names_of_two_parts():
+    assert short_names(["/home/me/sts/test.tsv"], least=2) == ["sts/test.tsv"]
+    same = ["/home/me/a/sts/test.tsv", "/home/me/b/sts/test.tsv"]
+    assert short_names(same, least=2) == ["a/sts/test.tsv", "b/sts/test.tsv"]
+
+
 def test_a_teacher_of_the_hub_is_the_base_model_and_one_in_a_folder_names_its_own(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: mit\nbase_model: a/b\ntags: [x]\ndatasets: [y]\n---\n")
     teacher = SimpleNamespace(folder=tmp_path)

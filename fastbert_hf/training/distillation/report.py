@@ -15,7 +15,7 @@ NOT_TESTED = (
 
 
 def short_names(files: Collection[str], least: int = 1) -> list[str]:
-    """The last `least` parts of files' paths, or as many more as tell them apart: pages are read on other machines."""
+    """The last `least` parts of files' paths, or as many more as tell them apart: for use on other machines."""
     paths = [Path(file).absolute().parts for file in files]
     for count in range(least, max(map(len, paths), default=0) + 1):
         names = ["/".join(parts[-count:]) for parts in paths]

@@ -171,17 +171,26 @@ def largest(*tensors: Tensor) -> float:
     )
 
 
+def size_of_dots(problem: Problem, name: str, bias: str | None) -> float:
+    """Largest root of the sum of squares of what a dot product of x with a row of `name` adds: the sum itself may
+    cancel to nearly nothing, and its rounding does not."""
+    dots = problem.x.double() ** 2 @ getattr(problem, name).double().T ** 2
+    added = getattr(problem, bias) if bias else None
+    return largest(dots if added is None else dots + added.double() ** 2) ** 0.5
+
+
 def natural_scales(problem: Problem, logits: Tensor) -> dict[str, float]:
     """Size of the terms that each result sums: activations and derivatives are accurate relative to their argument,
     not to a value that cancels to nearly nothing (gelu(-3) is 0.5 * -3 * (1 - 0.997))."""
     dots = largest(problem.grad_y, problem.weight_out) * max(1, problem.weight_out.shape[1]) ** 0.5
+    summed = size_of_dots(problem, "weight_in", "bias_in")
     return {
-        "y": largest(logits, problem.weight_out),
+        "y": max(largest(logits), summed) * largest(problem.weight_out),
         "weight_out": largest(logits, problem.grad_y),
         "x": dots * largest(problem.weight_in),
         "weight_in": dots * largest(problem.x),
         "bias_in": dots,
-        "logits": 0.0,
+        "logits": summed,
     }
 
 
@@ -191,8 +200,9 @@ def natural_leaf_scales(problem: LeafProblem, logits: Tensor) -> dict[str, float
     bias_out = problem.x.new_zeros(1) if problem.bias_out is None else problem.bias_out
     dots = largest(problem.grad_y, problem.weight_out) * columns  # gradient of a neuron's hidden value
     confidence = largest(logits) * dots * neurons + largest(problem.grad_y, bias_out) * columns
+    summed = size_of_dots(problem, "weight_in", "bias_in")
     return {
-        "y": largest(logits, problem.weight_out) * neurons + largest(bias_out),
+        "y": max(largest(logits), summed) * largest(problem.weight_out) * neurons + largest(bias_out),
         "x": dots * largest(problem.weight_in) * neurons + confidence * largest(problem.router),
         "router": confidence * largest(problem.x),
         "threshold": confidence,
@@ -200,7 +210,7 @@ def natural_leaf_scales(problem: LeafProblem, logits: Tensor) -> dict[str, float
         "bias_in": dots,
         "weight_out": largest(logits, problem.grad_y),
         "bias_out": largest(problem.grad_y),
-        "logits": 0.0,
+        "logits": max(summed, size_of_dots(problem, "router", "threshold")),
     }
 
 

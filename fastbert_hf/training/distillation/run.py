@@ -48,6 +48,7 @@ from fastbert_hf.training.distillation.texts import (
     split_texts,
 )
 from fastbert_hf.training.distillation.trainer import DistillationTrainer
+from fastbert_hf.training.leaf_balance import leaf_layers
 from fastbert_hf.training.provenance import PROVENANCE, Provenance
 from fastbert_hf.training.runs import check_options, disable_pin_memory_on_cpu, save_model
 from fastbert_hf.training.teaching import without_dropout
@@ -311,6 +312,9 @@ def _trainer(run: Run, student: Student) -> DistillationTrainer:
     clock = _clock(run)
     without_dropout(student.model).requires_grad_(True)
     student.encoder.embeddings.requires_grad_(options.train_embeddings)
+    for layer in leaf_layers(student.encoder):
+        for decision in (layer.router, layer.threshold):
+            decision.requires_grad_(options.train_routers)
     trainer = DistillationTrainer(
         student=student,
         teacher=run.teacher.model,

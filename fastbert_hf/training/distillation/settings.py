@@ -34,6 +34,11 @@ REPLACED = (
     "gradient_accumulation_steps", "max_steps", "num_train_epochs", "ignore_data_skip", "do_train",
     "per_device_train_batch_size", "save_strategy", "save_steps", "eval_strategy", "eval_steps",
 )  # fmt: skip
+# what runs did that do not name these: they are older than the choice
+UNNAMED = {
+    "loss_weights": WEIGHTS | {"cosine_distance": 10.0, "similarity_error": 10.0},
+    "train_routers": True,
+}
 # options of Trainer that a distillation has no use for, and what there is in their place
 UNUSED = {
     "per_device_train_batch_size": "batch_size",
@@ -110,6 +115,10 @@ class DistillationArguments:
         },
     )
     train_embeddings: bool = field(default=False, metadata={"help": "train the embeddings too"})
+    train_routers: bool = field(
+        default=False,
+        metadata={"help": "train the routers of leaf trees end to end too; tokens then gather on few leaves"},
+    )
     save_minutes: float = field(default=5.0, metadata={"help": "minutes between two checkpoints"})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "remove what an earlier run left in output_dir instead of going on with it"}
@@ -195,7 +204,7 @@ def run_provenance(options: DistillationArguments, args: TrainingArguments, teac
     if earlier is not None and options.overwrite_output_dir:
         return Provenance(settings)
     if earlier is not None:
-        check_same_settings(earlier.settings, settings, str(folder))
+        check_same_settings(UNNAMED | earlier.settings, settings, str(folder))
         return Provenance(settings, earlier.parts)
     if (folder / "config.json").is_file():
         raise ValueError(f"{str(folder)!r} holds a model that is not of a distillation; choose another output_dir")

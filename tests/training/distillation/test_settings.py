@@ -80,6 +80,19 @@ def test_a_run_does_not_go_on_with_another_loss(tiny, bert, tmp_path, monkeypatc
         distill(bert, tiny / "corpus.txt", tmp_path / "run", max_steps=2)
 
 
+def test_a_run_that_is_older_than_a_setting_does_not_go_on_with_another(tiny, bert, tmp_path):
+    run = tmp_path / "run"
+    distill(bert, tiny / "corpus.txt", run, max_steps=1)
+    files = [run / "run_settings.json", *run.glob("checkpoint-*/run_settings.json")]
+    found = json.loads(files[0].read_text())
+    for name in ("train_routers", "loss_weights"):
+        older = {key: value for key, value in found["settings"].items() if key != name}
+        for file in files:
+            file.write_text(json.dumps(found | {"settings": older}))
+        with pytest.raises(ValueError, match=f"made by another run: {name} is"):
+            distill(bert, tiny / "corpus.txt", run, max_steps=2)
+
+
 def test_a_new_run_in_place_of_another_takes_nothing_over(tiny, bert, embedder, tmp_path):
     run, text = tmp_path / "run", tiny / "corpus.txt"
     distill(embedder, text, run, max_steps=1)

@@ -65,7 +65,6 @@ def test_the_embeddings_are_those_of_the_teacher(tiny, bert, tmp_path):
         assert torch.equal(student.embeddings.state_dict()[name], value), name
 
 
-@pytest.mark.slow
 def test_routers_stay_as_the_fit_left_them_unless_asked(tiny, bert, tmp_path):
     names = ("router", "threshold", "weight_in", "bias_in", "weight_out", "bias_out")
     for train_routers in (False, True):
@@ -76,6 +75,7 @@ def test_routers_stay_as_the_fit_left_them_unless_asked(tiny, bert, tmp_path):
         assert moved == set(names if train_routers else names[2:])
 
 
+@pytest.mark.slow
 def test_an_embedder_reads_pairs_beside_texts_where_asked(embedder, tmp_path, monkeypatch):
     rows = [{"a": f"the river {i}", "b": f"a stone {i}"} for i in range(60)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))

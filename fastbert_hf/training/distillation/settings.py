@@ -34,8 +34,8 @@ REPLACED = (
     "gradient_accumulation_steps", "max_steps", "num_train_epochs", "ignore_data_skip", "do_train",
     "per_device_train_batch_size", "save_strategy", "save_steps", "eval_strategy", "eval_steps",
 )  # fmt: skip
-# Settings that an earlier version did not record: what it did.
-BEFORE_RECORDED = {
+# what runs of an earlier version did, which do not say
+ABSENT = {
     "loss_weights": WEIGHTS | {"cosine_distance": 10.0, "similarity_error": 10.0},
     "train_routers": True,
 }
@@ -204,7 +204,7 @@ def run_provenance(options: DistillationArguments, args: TrainingArguments, teac
     if earlier is not None and options.overwrite_output_dir:
         return Provenance(settings)
     if earlier is not None:
-        check_same_settings(BEFORE_RECORDED | earlier.settings, settings, str(folder))
+        check_same_settings(ABSENT | earlier.settings, settings, str(folder))
         return Provenance(settings, earlier.parts)
     if (folder / "config.json").is_file():
         raise ValueError(f"{str(folder)!r} holds a model that is not of a distillation; choose another output_dir")
